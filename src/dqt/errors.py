@@ -1,0 +1,38 @@
+"""Errors that a user can cause.
+
+Each message says what was wrong, where, and what to do, in one or two lines. The command line prints it
+without a traceback and exits with status 2; library users catch `DqtError`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DqtError(Exception):
+    """Base class of every error that `dqt` raises on purpose."""
+
+
+class ConfigError(DqtError):
+    """A setting that is unknown, out of range, or at odds with another one."""
+
+
+class DataError(DqtError):
+    """Text, tokenizer or token shards that cannot be used."""
+
+
+class ModelError(DqtError):
+    """A model, run or checkpoint directory that cannot be read or written."""
+
+
+class NonFiniteError(DqtError):
+    """NaN or Inf in a loss, a gradient or an update; the named tensor was not changed."""
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """Returns the tail of a message about an unknown `name`: the nearest valid one, then all of them."""
+    names = [str(choice) for choice in choices]
+    nearest = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    return f"{hint}valid: {', '.join(names)}"
