@@ -1,0 +1,37 @@
+"""Direct Quantized Training: language models whose weights are low-bit integers all through training.
+
+    model = transformers.LlamaForCausalLM(config)
+    report = dqt.quantize_(model, bits="ternary")
+    optimizer = dqt.optim.AdamW(model.named_parameters(), lr=2e-3, seed=0)
+
+Names are imported when they are first used, so that `import dqt` and the command line start at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from dqt import optim
+    from dqt.quantize import QuantizeReport, quantize_
+    from dqt.tensor import Products, QuantizedTensor
+
+__all__ = ["Products", "QuantizeReport", "QuantizedTensor", "__version__", "optim", "quantize_"]
+
+_HOME = {
+    "Products": "dqt.tensor",
+    "QuantizeReport": "dqt.quantize",
+    "QuantizedTensor": "dqt.tensor",
+    "quantize_": "dqt.quantize",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    if name == "optim":
+        return importlib.import_module("dqt.optim")
+    raise AttributeError(f"module 'dqt' has no attribute {name!r}")

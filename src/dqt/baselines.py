@@ -1,0 +1,64 @@
+"""BitNet b1.58 (arXiv 2402.17764), the baseline with a float master copy.
+
+Weights stay float32 parameters that an ordinary optimizer trains. Each forward pass quantizes them to ternary,
+scale = mean|w|, codes = clamp(round(w / scale), -1, 1), and the inputs per token to int8; the backward pass takes both
+roundings for the identity (straight through). This is quantization-aware training: 16 bytes a weight with AdamW, and
+float products, as in the published code. FP32 and BF16 need no code of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dqt.ops.reference import quantize_rows
+from dqt.quantize import Left, QuantizeReport, linear_modules
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The second argument forward, the identity with respect to the first one backward."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, quantized: Tensor) -> Tensor:
+        return quantized
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+def ternarize(weight: Tensor) -> Tensor:
+    """Absmean ternary weights, as floats: mean|w| * clamp(round(w / mean|w|), -1, 1)."""
+    scale = weight.abs().mean().clamp_min(1e-5)
+    return (weight / scale).round().clamp_(-1, 1) * scale
+
+
+class BitLinear(nn.Linear):
+    """`nn.Linear` with a float master weight, computed in ternary with int8 inputs, gradients straight through."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.no_grad():
+            weight_q = ternarize(self.weight)
+            codes, scale = quantize_rows(input.reshape(-1, input.shape[-1]))
+            input_q = (codes.float() * scale[:, None]).to(input.dtype).view(input.shape)
+        weight = _StraightThrough.apply(self.weight, weight_q)
+        return F.linear(_StraightThrough.apply(input, input_q), weight, self.bias)
+
+
+def bitnet_(model: nn.Module) -> QuantizeReport:
+    """Makes every `nn.Linear` of a model but its output head a `BitLinear`, in place.
+
+    Returns:
+        A report in which nothing is converted, because every weight keeps its float master copy.
+    """
+    report = QuantizeReport()
+    for name, module in linear_modules(model):
+        module.__class__ = BitLinear
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        reason = "float master weight, ternary in the forward pass"
+        report.left.append(Left(f"{name}.weight", tuple(weight.shape), weight.nbytes, reason))
+    return report

@@ -1,0 +1,92 @@
+"""Scale rules: how long a grid step is for given float weights.
+
+The scale is set once and stays frozen through training: recomputing an absmax each step pushes every weight off its
+grid and adds up to scale**2 / 4 of noise a step. It is rounded to a float16 value, because the export formats store
+float16 scales, so that an exported weight is exactly the trained one.
+
+    gaussian   the mean-square-optimal step for normally distributed weights (default for 2 to 8 bits)
+    absmean    mean|w| for ternary as in BitNet b1.58, 2*mean|w| for binary (default for both);
+               mean|w| / qmax for other widths
+    absmax     max|w| reaches the end of the grid: nothing is clipped
+    paper      mean|w| / qmax, the initial scale of the published code (arXiv 2412.04787); never rounded to float16
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dqt.errors import ConfigError, did_you_mean
+from dqt.numerics.formats import Format
+
+# Step / sigma that minimizes the mean square error of rounding a Gaussian to a two's complement grid of n bits;
+# `tests/test_scales.py` recomputes it. Ternary and binary have it too, for who asks for `gaussian` there.
+GAUSSIAN_STEP = {
+    "1": 1.596,
+    "ternary": 1.224,
+    "2": 0.996,
+    "3": 0.586,
+    "4": 0.335,
+    "5": 0.188,
+    "6": 0.104,
+    "7": 0.057,
+    "8": 0.031,
+}
+
+
+def _gaussian(weight: Tensor, fmt: Format) -> Tensor:
+    return GAUSSIAN_STEP[fmt.name] * weight.square().mean(dim=1).sqrt()
+
+
+def _absmean(weight: Tensor, fmt: Format) -> Tensor:
+    return weight.abs().mean(dim=1) / fmt.half_range
+
+
+def _absmax(weight: Tensor, fmt: Format) -> Tensor:
+    return weight.abs().amax(dim=1) / fmt.half_range
+
+
+SCALE_RULES: dict[str, Callable[[Tensor, Format], Tensor]] = {
+    "gaussian": _gaussian,
+    "absmean": _absmean,
+    "absmax": _absmax,
+    "paper": _absmean,
+}
+
+
+def default_scale_rule(fmt: Format) -> str:
+    """`absmean` for ternary and binary, `gaussian` for 2 to 8 bits."""
+    return "absmean" if fmt.name in ("ternary", "1") else "gaussian"
+
+
+def compute_scale(weight: Tensor, fmt: Format, rule: str, per_row: bool = False) -> Tensor:
+    """Scale for a float weight.
+
+    Args:
+        weight: Float tensor; one dimension, or [rows, ...].
+        fmt: The format of its codes.
+        rule: A name in `SCALE_RULES`.
+        per_row: One scale a row, instead of one for the tensor.
+
+    Returns:
+        `float32` tensor: [] or [rows, 1], values of float16 (except for `paper`). Zero where all weights are zero.
+
+    Raises:
+        ConfigError: If the rule is unknown.
+    """
+    if rule not in SCALE_RULES:
+        raise ConfigError(f"unknown scale rule {rule!r}; {did_you_mean(rule, SCALE_RULES)}")
+    rows = weight.detach().float().reshape(weight.shape[0] if per_row else 1, -1)
+    scale = SCALE_RULES[rule](rows, fmt)
+    if rule != "paper":
+        scale = round_to_float16(scale)
+    return scale[:, None] if per_row else scale[0]
+
+
+def round_to_float16(scale: Tensor) -> Tensor:
+    """The nearest positive float16 value, as float32; a zero stays zero."""
+    smallest = torch.finfo(torch.float16).smallest_normal
+    rounded = scale.clamp(smallest, torch.finfo(torch.float16).max).half().float()
+    return torch.where(scale > 0, rounded, 0.0)

@@ -1,0 +1,6 @@
+"""Optimizers that train low-bit weights in place: an update rule each, and one shared write-back."""
+
+from dqt.optim.adamw import AdamW
+from dqt.optim.paper import PaperAdamW
+
+__all__ = ["AdamW", "PaperAdamW"]

@@ -1,0 +1,158 @@
+"""The write-back: how a float update direction changes integer weights. Every optimizer shares it.
+
+With `unit` = 1 (strict, residual_bits k = 0) or 2**(k-1) (residual), a weight is one integer, its position on a grid
+of scale / unit steps, counted from the bottom of the format's range:
+
+    position  = level * unit + residual                       level = code - qmin
+    move      = SR(-(value * lr * decay + lr * direction / scale) * unit)     value = weight / scale, in steps
+    position' = clip(position + move, 0, (levels - 1) * unit)
+
+Only the move is rounded, so the sum is exact and nothing on the grid moves by itself. In strict training the new
+position is the new code. In residual training the code stays unless the position has left its cell by more than
+`hysteresis` h, which stops a weight from flickering at a boundary:
+
+    level'    = level                    where |position' - level * unit| <= (1/2 + h) * unit
+                nearest(position'/unit)  elsewhere
+    residual' = position' - level' * unit
+
+so that level and residual together are one (n+k)-bit number that is updated in place; there is no float copy.
+This equals the form "y = codes + residual - update; codes' = nearest(y) outside of the hysteresis; residual' =
+SR(y - codes')" but for the order of rounding and comparison, and is exact in integers.
+
+Measured (ternary, 0.6M tokens): k = 8: 1.865 nats, k = 6: 1.911, k = 4: 2.083; h = 0: 1.881, 0.056: 1.865,
+0.12: 1.866, 0.25: 1.895.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dqt.errors import ConfigError
+from dqt.numerics.packing import pack, packed_size, unpack
+from dqt.numerics.rounding import Rounding
+from dqt.tensor import QuantizedTensor
+
+RESIDUAL_BITS = (0, 2, 3, 4, 5, 6, 7, 8, 16)
+DEFAULT_HYSTERESIS = 0.056
+
+
+def default_residual_bits(weight: QuantizedTensor) -> int:
+    """8 below 5 bits, where the noise of strict rounding costs loss; 0, which is strict, from 5 bits on."""
+    return 8 if weight.format.bits < 5 else 0
+
+
+def check_residual(residual_bits: int, hysteresis: float) -> None:
+    """Raises `ConfigError` unless the residual can hold half a step plus the hysteresis."""
+    if residual_bits not in RESIDUAL_BITS:
+        raise ConfigError(f"residual_bits={residual_bits} is not one of {RESIDUAL_BITS} (0 is strict)")
+    if not 0.0 <= hysteresis <= 0.45:
+        raise ConfigError(f"hysteresis={hysteresis} must be in [0, 0.45]: the residual spans one grid step")
+
+
+def new_residual(weight: QuantizedTensor, residual_bits: int) -> Tensor:
+    """A zero residual: packed `uint8` [rows, bytes] up to 8 bits, `int16` [rows, columns] for 16."""
+    rows, columns = weight.rows, weight.shape[-1]
+    if residual_bits == 16:
+        return torch.zeros(rows, columns, dtype=torch.int16, device=weight.device)
+    return torch.zeros(rows, packed_size(columns, residual_bits), dtype=torch.uint8, device=weight.device)
+
+
+def read_residual(residual: Tensor, residual_bits: int, columns: int) -> Tensor:
+    """Residual as integers in units of scale / 2**(residual_bits - 1)."""
+    return residual if residual_bits == 16 else unpack(residual, residual_bits, columns, signed=True)
+
+
+@dataclass
+class WriteBackStats:
+    """Counts over the elements that were written; `residual_squares` is in squared grid steps."""
+
+    elements: int = 0
+    flipped: int = 0
+    saturated: int = 0
+    zeros: int = 0
+    residual_squares: float = 0.0
+    residual_elements: int = 0
+
+    def summary(self) -> dict[str, float | None]:
+        """Shares of all elements, and the residual's root mean square in grid steps (None without one)."""
+        n = max(self.elements, 1)
+        spread = math.sqrt(self.residual_squares / self.residual_elements) if self.residual_elements else None
+        return {
+            "flip_rate": self.flipped / n,
+            "saturated": self.saturated / n,
+            "zeros": self.zeros / n,
+            "residual_spread": spread,
+        }
+
+    def count(self, weight: QuantizedTensor, old: Tensor, new: Tensor) -> None:
+        """Adds the old and new levels of some rows of a weight."""
+        top = weight.format.levels - 1
+        self.elements += new.numel()
+        self.flipped += int((new != old).sum())
+        self.saturated += int(((new == 0) | (new == top)).sum())
+        if not weight.format.offset:
+            self.zeros += int((new == -weight.format.qmin).sum())
+
+
+@torch.no_grad()
+def write_back(
+    weight: QuantizedTensor,
+    direction: Tensor,
+    rows: slice,
+    *,
+    lr: float,
+    weight_decay: float,
+    rounding: Rounding,
+    random: Tensor | None,
+    residual: Tensor | None = None,
+    residual_bits: int = 0,
+    hysteresis: float = DEFAULT_HYSTERESIS,
+    stats: WriteBackStats | None = None,
+) -> None:
+    """Moves some rows of a weight by -lr * (direction + weight_decay * weight), in place.
+
+    Args:
+        weight: The weight; its codes change.
+        direction: Finite `float32` [rows, columns].
+        rows: Which rows of the weight.
+        lr: Learning rate, in units of the weight.
+        weight_decay: Decoupled weight decay, multiplied by lr.
+        rounding: Rounding of the move.
+        random: `int64` words [rows, columns] for the rounding, or None if it needs none.
+        residual: Packed residual of the whole weight, changed in place; None for strict.
+        residual_bits: Its width k, 0 for strict.
+        hysteresis: h, in grid steps.
+        stats: Counts to add to, or None.
+    """
+    fmt = weight.format
+    unit = 1 if residual is None else 2 ** (residual_bits - 1)
+    level = weight.unpack_rows(rows).to(torch.int32) - fmt.qmin
+    position = level * unit
+    if residual is not None:
+        position += read_residual(residual[rows], residual_bits, weight.shape[-1])
+
+    scale = weight.scale[rows] if weight.scale.ndim else weight.scale
+    displacement = direction * ((lr * unit) / scale)
+    if weight_decay:
+        bottom = (fmt.qmin - fmt.offset) * unit
+        displacement += (position + bottom) * (lr * weight_decay)
+    position += rounding(displacement.neg_(), random)
+    position.clamp_(0, (fmt.levels - 1) * unit)
+
+    if residual is None:
+        new_level = position
+    else:
+        stays = (position - level * unit).abs() <= math.floor((0.5 + hysteresis) * unit)
+        new_level = torch.where(stays, level, (position + unit // 2) // unit)
+        rest = position - new_level * unit
+        residual[rows] = rest.to(torch.int16) if residual_bits == 16 else pack(rest, residual_bits)
+        if stats is not None:
+            stats.residual_squares += float((rest.float() / unit).square().sum())
+            stats.residual_elements += rest.numel()
+    if stats is not None:
+        stats.count(weight, level, new_level)
+    weight.write_codes(new_level + fmt.qmin, rows)

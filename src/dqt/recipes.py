@@ -1,0 +1,238 @@
+"""Recipes: what each method and bit width uses, in one table.
+
+    strict      the codes are all that a weight knows between two steps
+    residual    k bits of remainder for each weight, part of the optimizer's state
+    paper       the published code of arXiv 2412.04787, exactly
+    fp32, bf16  full precision; bf16 is autocast over float32 weights, as people train
+    bitnet      BitNet b1.58: float32 master weights, ternary in the forward pass
+
+Unless a method is given, it is strict at 5 bits and more, where strict training is as good as FP32, and residual
+below, where its rounding noise shows and grows with the run (4-bit strict 1.612 against 1.554 with a residual).
+Each default below stands with the measurement that chose it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from dqt.baselines import bitnet_
+from dqt.errors import ConfigError, did_you_mean
+from dqt.numerics.formats import parse_bits
+from dqt.numerics.scales import SCALE_RULES, default_scale_rule
+from dqt.optim import AdamW, PaperAdamW
+from dqt.optim.base import QuantizedOptimizer
+from dqt.optim.moments import SECOND_MOMENTS
+from dqt.optim.writeback import DEFAULT_HYSTERESIS, check_residual
+from dqt.quantize import QuantizeReport, Rule, quantize_
+from dqt.tensor import Products, QuantizedTensor
+
+METHODS = ("strict", "residual", "paper", "fp32", "bf16", "bitnet")
+FLOAT_METHODS = ("fp32", "bf16", "bitnet")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that defines a method but the model, the data and the length of the run.
+
+    Attributes:
+        method: One of `METHODS`.
+        bits: Name of the format of linear weights; None for the float methods.
+        lr: Peak learning rate.
+        warmup_steps: Steps of linear warm-up; None means a tenth of the run.
+        schedule: Decay after it: "cosine", "linear" or "wsd".
+        grad_clip: Global gradient norm to clip to; 0 does not clip.
+        betas: Moment decay of low-bit weights; a first one of 0 keeps no first moment.
+        float_betas: Moment decay of float parameters.
+        eps: Of the optimizer.
+        weight_decay: Decoupled, on low-bit weights (on everything for `paper`), and on the float matrices of the
+            float methods.
+        scale_rule: How the grid step is set at the start.
+        per_row: One scale a row.
+        residual_bits: k, 0 is strict.
+        hysteresis: h, in grid steps.
+        second_moment: Of low-bit weights: "full" or "factored".
+        rounding: Of the write-back.
+        products: Which products are integer.
+    """
+
+    method: str
+    bits: str | None
+    lr: float
+    warmup_steps: int | None = None
+    schedule: str = "cosine"
+    grad_clip: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    float_betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    scale_rule: str | None = None
+    per_row: bool = False
+    residual_bits: int = 0
+    hysteresis: float = DEFAULT_HYSTERESIS
+    second_moment: str = "full"
+    rounding: str = "stochastic"
+    products: Products = field(default_factory=Products)
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ConfigError(f"unknown method {self.method!r}; {did_you_mean(self.method, METHODS)}")
+        check_residual(self.residual_bits, self.hysteresis)
+        if self.method == "strict" and self.residual_bits:
+            raise ConfigError(f"method strict keeps no residual: residual_bits={self.residual_bits} needs method residual")
+        if self.method == "residual" and not self.residual_bits:
+            raise ConfigError("method residual needs residual_bits of 2 to 8 or 16; with 0 it is method strict")
+        if self.method == "paper" and self.bits == "1":
+            raise ConfigError("method paper has no 1-bit format (its grid contains zero): use bits ternary, or method strict")
+        if self.second_moment not in SECOND_MOMENTS:
+            raise ConfigError(
+                f"unknown second_moment {self.second_moment!r}; {did_you_mean(self.second_moment, SECOND_MOMENTS)}"
+            )
+        if self.scale_rule is not None and self.scale_rule not in SCALE_RULES:
+            raise ConfigError(f"unknown scale_rule {self.scale_rule!r}; {did_you_mean(self.scale_rule, SCALE_RULES)}")
+
+    @property
+    def quantized(self) -> bool:
+        """Whether weights are low-bit integers between steps."""
+        return self.method not in FLOAT_METHODS
+
+
+def recipe_for(method: str | None = None, bits: str | int | None = None, **overrides: Any) -> Recipe:
+    """The default recipe of a method and bit width.
+
+    Args:
+        method: One of `METHODS`; None takes strict at 5 bits and more, residual below.
+        bits: "ternary" or 1 to 8; None is ternary for the low-bit methods. Not for the float methods.
+        **overrides: Fields of `Recipe` to replace.
+
+    Raises:
+        ConfigError: If a name is unknown, or the settings do not go together.
+    """
+    if method is not None and method not in METHODS:
+        raise ConfigError(f"unknown method {method!r}; {did_you_mean(method, METHODS)}")
+    if method in FLOAT_METHODS:
+        allowed = (None, "ternary") if method == "bitnet" else (None,)
+        if bits not in allowed:
+            raise ConfigError(f"method {method} has no --bits {bits}: leave bits out, or use method strict or residual")
+        return replace(_FLOAT_RECIPES[method], **overrides)
+    fmt = parse_bits("ternary" if bits is None else bits)
+    method = method or ("strict" if fmt.bits >= 5 else "residual")
+    recipe = _LOW_BIT_RECIPES[method](fmt.name)
+    return replace(recipe, **overrides)
+
+
+def _strict(bits: str) -> Recipe:
+    fmt = parse_bits(bits)
+    return Recipe(
+        method="strict",
+        bits=bits,
+        lr=_STRICT_LR[bits],
+        betas=(0.0, 0.95),
+        scale_rule=default_scale_rule(fmt),
+    )
+
+
+def _residual(bits: str) -> Recipe:
+    return Recipe(
+        method="residual",
+        bits=bits,
+        lr=_RESIDUAL_LR,
+        betas=(0.0, 0.95),  # no first moment: ternary 1.865, with beta1 = 0.9 at the same learning rate 1.987
+        scale_rule=default_scale_rule(parse_bits(bits)),
+        residual_bits=8,  # ternary: k = 8: 1.865, 6: 1.911, 4: 2.083
+        second_moment="factored",  # ternary 1.865 against 1.876 with the full one
+    )
+
+
+def _paper(bits: str) -> Recipe:
+    return Recipe(
+        method="paper",
+        bits=bits,
+        lr=5e-4,
+        warmup_steps=2000,
+        betas=(0.9, 0.999),
+        eps=1e-6,
+        weight_decay=0.01,
+        scale_rule="paper",
+        products=Products(forward="int8", grad_input="float", grad_weight="float"),
+    )
+
+
+_STRICT_LR = {"1": 1e-3, "ternary": 1e-3, "2": 1e-3, "3": 1e-3, **{str(n): 2e-3 for n in range(4, 9)}}
+_RESIDUAL_LR = 2e-3
+_LOW_BIT_RECIPES = {"strict": _strict, "residual": _residual, "paper": _paper}
+_FLOAT_RECIPES = {method: Recipe(method=method, bits=None, lr=2e-3) for method in FLOAT_METHODS}
+
+
+def prepare_model_(model: nn.Module, recipe: Recipe, rules: Mapping[str, Rule] | None = None) -> QuantizeReport:
+    """Puts a recipe's weights into a model, in place.
+
+    Args:
+        model: A float model.
+        recipe: What to do with it.
+        rules: Name patterns to bits, or None to leave float; see `dqt.quantize_`. Low-bit methods only.
+
+    Returns:
+        What was converted and what was left.
+
+    Raises:
+        ConfigError: If rules are given for a method that has none.
+    """
+    if rules and (not recipe.quantized or recipe.method == "paper"):
+        raise ConfigError(f"method {recipe.method} takes no rules: they are for methods strict and residual")
+    if recipe.method == "bitnet":
+        return bitnet_(model)
+    if not recipe.quantized:
+        return QuantizeReport()
+    assert recipe.bits is not None
+    return quantize_(
+        model,
+        recipe.bits,
+        {"*": recipe.bits} if recipe.method == "paper" else rules,
+        scale_rule=recipe.scale_rule,
+        per_row=recipe.per_row,
+        products=recipe.products,
+    )
+
+
+def build_optimizer(
+    model: nn.Module, recipe: Recipe, lr: float | None = None, seed: int = 0
+) -> QuantizedOptimizer:
+    """The optimizer of a recipe: one group of low-bit weights, one of float matrices, one of vectors (not decayed)."""
+    lr = recipe.lr if lr is None else lr
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if recipe.method == "paper":
+        return PaperAdamW(named, lr, recipe.betas, recipe.eps, recipe.weight_decay, seed=seed)
+    low_bit = [(n, p) for n, p in named if isinstance(p, QuantizedTensor)]
+    matrices = [(n, p) for n, p in named if not isinstance(p, QuantizedTensor) and p.ndim >= 2]
+    vectors = [(n, p) for n, p in named if not isinstance(p, QuantizedTensor) and p.ndim < 2]
+    plain = {"betas": recipe.float_betas, "second_moment": "full"}
+    groups = [
+        {"params": low_bit},
+        {"params": matrices, **plain, "weight_decay": 0.0 if recipe.quantized else recipe.weight_decay},
+        {"params": vectors, **plain, "weight_decay": 0.0},
+    ]
+    return AdamW(
+        [group for group in groups if group["params"]],
+        lr,
+        recipe.betas,
+        recipe.eps,
+        recipe.weight_decay,
+        seed=seed,
+        residual_bits=recipe.residual_bits,
+        hysteresis=recipe.hysteresis,
+        second_moment=recipe.second_moment,
+        rounding=recipe.rounding,
+    )
+
+
+def autocast(recipe: Recipe, device: str) -> contextlib.AbstractContextManager[Any]:
+    """The context that a recipe's forward pass runs in: bfloat16 autocast for `bf16`, else nothing."""
+    if recipe.method == "bf16":
+        return torch.autocast(device, torch.bfloat16)
+    return contextlib.nullcontext()

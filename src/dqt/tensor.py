@@ -1,0 +1,238 @@
+"""`QuantizedTensor`: a weight that is packed integers and a scale, and looks like a float tensor to autograd.
+
+It is a wrapper subclass with a float dtype, so that autograd, parameter groups, hooks and FSDP2 see an ordinary leaf
+whose gradient is an ordinary float tensor. Inside are two plain tensors and nothing else: `codes` (packed `uint8`)
+and `scale` (`float32`).
+
+Two choices and their cost:
+
+- Nothing is ever rounded by a dispatched operation. An in-place write of floats (`weight.add_`, `weight.copy_`,
+  `nn.init`) is an error; the optimizer rounds, explicitly, through `write_codes`. So optimizers that do not know
+  the class fail loudly instead of training something else.
+- An operation that has no integer form reads the weight through `dequantize()`: right, but a float copy for as long
+  as the operation lives. `F.linear` and `F.embedding` have integer forms, in `dqt.nn`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dqt.errors import ConfigError, did_you_mean
+from dqt.numerics.formats import Format
+from dqt.numerics.packing import pack, packed_size, unpack
+
+aten = torch.ops.aten
+PRODUCT_KINDS = ("int8", "float")
+
+
+@dataclass(frozen=True)
+class Products:
+    """How a linear layer multiplies with a weight: "int8" (integers) or "float" (the input's float dtype).
+
+    Attributes:
+        forward: y = x Wᵀ. "int8" quantizes x per token; "float" takes x as it is.
+        grad_input: dx = dy W.
+        grad_weight: dW = dyᵀ x.
+    """
+
+    forward: str = "int8"
+    grad_input: str = "int8"
+    grad_weight: str = "int8"
+
+    def __post_init__(self) -> None:
+        for name in ("forward", "grad_input", "grad_weight"):
+            kind = getattr(self, name)
+            if kind not in PRODUCT_KINDS:
+                raise ConfigError(f"unknown product {name}={kind!r}; {did_you_mean(kind, PRODUCT_KINDS)}")
+
+
+FLOAT_PRODUCTS = Products("float", "float", "float")
+
+_functions: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
+def implements(function: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers how a torch function acts when one of its arguments is a `QuantizedTensor`."""
+
+    def register(implementation: Callable[..., Any]) -> Callable[..., Any]:
+        _functions[function] = implementation
+        return implementation
+
+    return register
+
+
+class QuantizedTensor(torch.Tensor):
+    """A low-bit weight: value = (code - format.offset) * scale.
+
+    Attributes:
+        codes: Packed `uint8` [*shape[:-1], packed_size(shape[-1], bits)].
+        scale: `float32`, [] or [rows, 1], where rows is the product of shape[:-1].
+        format: The format of the codes.
+        products: How linear layers multiply with it.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    format: Format
+    products: Products
+
+    @staticmethod
+    def __new__(
+        cls,
+        codes: Tensor,
+        scale: Tensor,
+        format: Format,
+        shape: torch.Size | tuple[int, ...],
+        dtype: torch.dtype = torch.float32,
+        products: Products = Products(),  # noqa: B008  frozen
+    ) -> QuantizedTensor:
+        expected = (*shape[:-1], packed_size(shape[-1], format.bits))
+        if codes.dtype != torch.uint8 or tuple(codes.shape) != expected:
+            raise ConfigError(
+                f"codes of a {format} weight of shape {tuple(shape)} must be uint8 {expected}, "
+                f"not {codes.dtype} {tuple(codes.shape)}"
+            )
+        self = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=codes.device)
+        self.codes, self.scale, self.format, self.products = codes, scale, format, products
+        return self
+
+    @classmethod
+    def from_float(
+        cls, weight: Tensor, scale: Tensor, format: Format, products: Products | None = None
+    ) -> QuantizedTensor:
+        """Rounds float weights to the nearest values of the grid.
+
+        Args:
+            weight: Finite float tensor with at least one dimension.
+            scale: Positive `float32`, [] or [rows, 1].
+            format: The format of the codes.
+            products: How linear layers multiply with it.
+        """
+        rows = weight.detach().float().reshape(-1, weight.shape[-1])
+        codes = (rows / scale + (format.offset + 0.5)).floor_().clamp_(format.qmin, format.qmax)
+        packed = pack(codes.to(torch.int16), format.bits).view(*weight.shape[:-1], -1)
+        return cls(packed, scale, format, weight.shape, weight.dtype, products or Products())
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    @property
+    def rows(self) -> int:
+        """Number of packed rows: the product of all dimensions but the last."""
+        return self.numel() // self.shape[-1] if self.shape[-1] else 0
+
+    def unpack_rows(self, rows: slice = slice(None)) -> Tensor:
+        """Codes of some rows, `int8` [rows, shape[-1]]."""
+        packed = self.codes.view(self.rows, self.codes.shape[-1])[rows]
+        return unpack(packed, self.format.bits, self.shape[-1], self.format.signed)
+
+    def unpack(self) -> Tensor:
+        """All codes, `int8` of the logical shape."""
+        return self.unpack_rows().view(self.shape)
+
+    def product_codes(self) -> tuple[Tensor, Tensor]:
+        """What integer products take: `int8` codes without an offset [rows, columns], and the scale that fits them."""
+        codes = self.unpack_rows()
+        if self.format.offset:
+            codes = codes * 2 - 1  # binary: {0, 1} -> {-1, 1}, half a scale apart from zero
+        return codes, self.scale / self.format.product_factor
+
+    def dequantize(self) -> Tensor:  # type: ignore[override]
+        """A float copy of the weight, in its dtype and logical shape; not differentiable."""
+        with torch.no_grad():
+            values = self.unpack_rows().float()
+            if self.format.offset:
+                values -= self.format.offset
+            return (values * self.scale).to(self.dtype).view(self.shape)
+
+    def nbytes_stored(self) -> int:
+        """Bytes that codes and scale really take."""
+        return self.codes.nbytes + self.scale.nbytes
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def write_codes(self, codes: Tensor, rows: slice = slice(None)) -> None:
+        """Replaces the codes of some rows, in place.
+
+        A backward pass whose forward pass used the old codes fails afterwards, as for any in-place change.
+
+        Args:
+            codes: Integer tensor [rows, shape[-1]] with values in [qmin, qmax].
+            rows: Which rows.
+        """
+        self.codes.view(self.rows, self.codes.shape[-1])[rows] = pack(codes, self.format.bits)
+        torch.autograd.graph.increment_version(self)
+
+    def check_codes(self) -> None:
+        """Raises `ValueError` if a stored code is none of the format's (ternary leaves one pattern unused)."""
+        if self.format.levels < 2**self.format.bits and self.numel():
+            codes = self.unpack_rows()
+            if codes.amin() < self.format.qmin or codes.amax() > self.format.qmax:
+                raise ValueError(f"codes outside of the {self.format} format")
+
+    # -- torch protocols -------------------------------------------------------------------------------------------
+
+    def _with(self, codes: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> QuantizedTensor:
+        return QuantizedTensor(codes, scale, self.format, self.shape, dtype or self.dtype, self.products)
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Format, torch.dtype, Products]]:
+        return ["codes", "scale"], (self.format, self.dtype, self.products)
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, Tensor], context: tuple[Format, torch.dtype, Products], size: Any, stride: Any
+    ) -> QuantizedTensor:
+        format, dtype, products = context
+        return QuantizedTensor(inner["codes"], inner["scale"], format, size, dtype, products)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return (
+            f"QuantizedTensor(shape={tuple(self.shape)}, bits={self.format}, scale={tuple(self.scale.shape)}, "
+            f"dtype={self.dtype}, device={self.device}, requires_grad={self.requires_grad})"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a QuantizedTensor is not pickled: save model.state_dict(), which holds plain tensors "
+            "(weight.codes, weight.scale)"
+        )
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        implementation = _functions.get(func)
+        if implementation is not None:
+            return implementation(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self = args[0] if args else None
+        if func is aten.detach.default:  # nn.Parameter(...), .data, autograd
+            return self._with(self.codes, self.scale)
+        if func is aten.clone.default:  # copy.deepcopy
+            return self._with(self.codes.clone(), self.scale.clone())
+        if func is aten._to_copy.default:  # module.to(device), .half(), .bfloat16(): the float dtype is the wrapper's
+            device = kwargs.get("device")
+            moved = (self.codes.to(device, copy=True), self.scale.to(device, copy=True))
+            return self._with(*moved, dtype=kwargs.get("dtype"))
+        if func is aten.copy_.default and isinstance(self, cls):  # torch.utils.swap_tensors, weight averaging
+            source = args[1]
+            if isinstance(source, cls) and source.format == self.format and source.shape == self.shape:
+                self.codes.copy_(source.codes)
+                self.scale.copy_(source.scale)
+                return self
+        if func._schema.is_mutable and any(isinstance(arg, cls) for arg in args[:1]):
+            raise TypeError(
+                f"{func} would write floats into a {self.format} weight; nothing is rounded behind your back: "
+                "train it with dqt.optim, or write integers with weight.write_codes"
+            )
+        # Every other operation (norm gains, weight.t(), zeros_like, norms) reads a float copy.
+        plain = torch.utils._pytree.tree_map_only(cls, cls.dequantize, (args, kwargs))
+        return func(*plain[0], **plain[1])
