@@ -1,0 +1,113 @@
+"""Presets: sizes as documented, both architectures run, and what cannot work is refused."""
+
+import pytest
+import torch
+from torch import nn
+
+from dqt.errors import ConfigError
+from dqt.models import ARCHITECTURES, PRESETS, build_config, build_model, count_parameters
+
+# name: (least and most parameters in all, in millions), linear weights
+SIZES = {
+    "micro": (0.5, 0.6, 425_984),
+    "tiny": (5, 10, 6_815_744),
+    "small": (25, 35, 27_262_976),
+    "130m": (127, 137, 84_934_656),
+    "320m": (310, 330, 256_901_120),
+    "1b": (980, 1020, 868_220_928),
+    "7b": (6_700, 6_750, 6_476_005_376),
+}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_has_the_documented_size(preset: str, arch: str) -> None:
+    least, most, linear = SIZES[preset]
+    config = build_config(preset, arch)
+    count = count_parameters(config)
+    assert least * 1e6 <= count.total <= most * 1e6
+    assert count.linear == linear
+    assert config.max_position_embeddings == PRESETS[preset].seq_len
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_count_is_that_of_the_built_model(arch: str) -> None:
+    config = build_config("micro", arch)
+    model = build_model(config, seed=0)
+    linear = [m for m in model.model.modules() if isinstance(m, nn.Linear)]
+    assert count_parameters(config).total == sum(p.numel() for p in model.parameters())
+    assert count_parameters(config).linear == sum(m.weight.numel() for m in linear)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_model_learns_and_generates(arch: str, tied: bool) -> None:
+    model = build_model(build_config("micro", arch, overrides={"tie_word_embeddings": tied}), seed=0)
+    tokens = torch.arange(64).reshape(2, 32)
+    loss = model(input_ids=tokens, labels=tokens).loss
+    loss.backward()
+    assert abs(loss.item() - 6.93) < 0.15  # ln 1024: nothing learned yet
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert model.eval().generate(tokens[:, :4], max_new_tokens=3, do_sample=False).shape[1] <= 7
+
+
+def test_bitnet_is_llama_with_a_norm_before_each_output_projection() -> None:
+    llama, bitnet = (build_model(build_config("micro", arch), seed=0) for arch in ("llama", "bitnet"))
+    names = {name for name, _ in bitnet.named_parameters()} - {name for name, _ in llama.named_parameters()}
+    assert {name.split(".", 3)[3] for name in names} == {
+        "self_attn.attn_sub_norm.weight",
+        "mlp.ffn_sub_norm.weight",
+    }
+    for field in ("hidden_act", "rms_norm_eps", "rope_parameters", "bos_token_id", "num_key_value_heads"):
+        assert getattr(llama.config, field) == getattr(bitnet.config, field), field
+    assert llama.config.rope_parameters["rope_theta"] == 10_000.0
+
+
+def test_initialisation_depends_on_the_seed_alone() -> None:
+    config = build_config("micro")
+    before = torch.get_rng_state()
+    first = build_model(config, seed=1)
+    torch.rand(3)
+    assert not torch.equal(torch.get_rng_state(), before)
+    torch.set_rng_state(before)
+    second, other = build_model(config, seed=1), build_model(config, seed=2)
+    assert torch.equal(torch.get_rng_state(), before)
+    pairs = list(zip(first.parameters(), second.parameters(), strict=True))
+    assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in pairs)
+    assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
+    assert first.config._attn_implementation == "sdpa"
+    assert first.training
+
+
+def test_overrides_reach_the_config() -> None:
+    overrides = {"num_key_value_heads": 2, "rope_theta": 500, "eos_token_id": 5, "intermediate_size": 100}
+    config = build_config("micro", "llama", vocab_size=300, seq_len=64, overrides=overrides)
+    assert (config.vocab_size, config.max_position_embeddings) == (300, 64)
+    assert (config.num_key_value_heads, config.intermediate_size, config.eos_token_id) == (2, 100, 5)
+    assert config.rope_parameters["rope_theta"] == 500.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"preset": "tinny"}, "did you mean 'tiny'"),
+        ({"arch": "lama"}, "did you mean 'llama'"),
+        ({"overrides": {"hidden": 64}}, "did you mean 'hidden_size'"),
+        ({"vocab_size": 0}, "vocab_size must be a positive integer"),
+        ({"seq_len": -1}, "seq_len must be a positive integer"),
+        ({"overrides": {"num_hidden_layers": 2.0}}, "num_hidden_layers must be a positive integer"),
+        ({"overrides": {"num_hidden_layers": True}}, "num_hidden_layers must be a positive integer"),
+        ({"overrides": {"num_attention_heads": 3}}, "hidden_size 256 must be an even multiple"),
+        ({"overrides": {"num_attention_heads": 256}}, "hidden_size 256 must be an even multiple"),
+        ({"overrides": {"num_key_value_heads": 3}}, "num_attention_heads 4 must be a multiple"),
+        ({"overrides": {"rope_theta": 0}}, "rope_theta must be a positive number"),
+        ({"overrides": {"rms_norm_eps": float("nan")}}, "rms_norm_eps must be a positive number"),
+        ({"overrides": {"initializer_range": 2}}, "initializer_range must be at most 1"),
+        ({"overrides": {"tie_word_embeddings": 1}}, "tie_word_embeddings must be true or false"),
+        ({"overrides": {"eos_token_id": 4096}}, "eos_token_id 4096 is not in the vocabulary"),
+    ],
+)
+def test_what_cannot_work_is_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_config(**arguments)
