@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dqt.ops.reference import quantize_rows
+from dqt import ops
 from dqt.quantize import Left, QuantizeReport, linear_modules
 
 
@@ -42,7 +42,7 @@ class BitLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         with torch.no_grad():
             weight_q = ternarize(self.weight)
-            codes, scale = quantize_rows(input.reshape(-1, input.shape[-1]))
+            codes, scale = ops.quantize_rows(input.reshape(-1, input.shape[-1]))
             input_q = (codes.float() * scale[:, None]).to(input.dtype).view(input.shape)
         weight = _StraightThrough.apply(self.weight, weight_q)
         return F.linear(_StraightThrough.apply(input, input_q), weight, self.bias)

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dqt.ops.products import int_mm
-from dqt.ops.reference import quantize_columns, quantize_rows
+from dqt import ops
 from dqt.tensor import QuantizedTensor, implements
 
 
@@ -33,17 +32,17 @@ class _QuantizedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: QuantizedTensor) -> Tensor:
         products = weight.products
         save_int8 = products.forward == "int8" or products.grad_weight == "int8"
-        x_q, x_scale = quantize_rows(x) if save_int8 else (x, None)
+        x_q, x_scale = ops.quantize_rows(x) if save_int8 else (x, None)
         # Saving the codes themselves lets autograd notice when they change before the backward pass.
         ctx.save_for_backward(x_q, x_scale, weight.codes, weight.scale)
         ctx.weight, ctx.x_dtype = weight, x.dtype
         if products.forward == "float":
             return x @ weight.dequantize().to(x.dtype).T
         codes, scale = weight.product_codes()
-        y = int_mm(x_q, codes.T).float()
+        product = ops.int_mm(x_q, codes.T)
         if scale.ndim == 0:
-            return y.mul_((x_scale * scale)[:, None]).to(x.dtype)
-        return y.mul_(x_scale[:, None]).mul_(scale.T).to(x.dtype)
+            return ops.scale_product(product, x_scale * scale).to(x.dtype)
+        return ops.scale_product(product, x_scale, scale.flatten()).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
@@ -62,18 +61,17 @@ def _grad_input(dy: Tensor, weight: QuantizedTensor) -> Tensor:
         return dy @ weight.dequantize().to(dy.dtype)
     codes, scale = weight.product_codes()
     per_row = scale.ndim > 0
-    g_q, g_scale = quantize_rows(dy.float() * scale.T if per_row else dy)
-    return int_mm(g_q, codes).float().mul_((g_scale if per_row else g_scale * scale)[:, None])
+    g_q, g_scale = ops.quantize_rows(dy.float() * scale.T if per_row else dy)
+    return ops.scale_product(ops.int_mm(g_q, codes), g_scale if per_row else g_scale * scale)
 
 
 def _grad_weight(dy: Tensor, x_q: Tensor, x_scale: Tensor | None, product: str) -> Tensor:
     if x_scale is None:  # the forward pass was float and kept x itself
         return dy.T @ x_q
-    n = dy.float() * x_scale[:, None]
     if product == "float":
-        return n.T @ x_q.float()
-    n_q, n_scale = quantize_columns(n)
-    return int_mm(n_q.T, x_q).float().mul_(n_scale[:, None])
+        return (dy.float() * x_scale[:, None]).T @ x_q.float()
+    n_q, n_scale = ops.quantize_columns(dy, x_scale)
+    return ops.scale_product(ops.int_mm(n_q.T, x_q), n_scale)
 
 
 @implements(F.linear)
@@ -97,7 +95,7 @@ def quantized_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) 
         input = input.to(torch.get_autocast_dtype(device))
     # Products are explicit about their dtypes; autocast must not change them inside.
     with torch.autocast(device, enabled=False):
-        tokens = input.reshape(-1, input.shape[-1])
+        tokens = input.reshape(input.shape[:-1].numel(), input.shape[-1])
         y = _QuantizedLinear.apply(tokens, weight).view(*input.shape[:-1], weight.shape[0])
         return y if bias is None else y + bias.to(y.dtype)
 
@@ -112,7 +110,7 @@ class _QuantizedEmbedding(torch.autograd.Function):
         used, position = index.flatten().unique(return_inverse=True)
         scale = weight.scale[used] if weight.scale.ndim else weight.scale
         rows = (weight.unpack_rows(used).float() - weight.format.offset) * scale
-        return rows[position].view(*index.shape, -1).to(weight.dtype)
+        return rows[position].view(*index.shape, weight.shape[1]).to(weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[override]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import fnmatch
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -95,30 +95,25 @@ def quantize_(
     default = parse_bits(bits)
     patterns = {pattern: None if rule is None else parse_bits(rule) for pattern, rule in (rules or {}).items()}
     report = QuantizeReport()
-    heads = output_heads(model)
-    head_weights = {id(head.weight) for head in heads}
+    head_weights = {id(head.weight) for head in output_heads(model)}
     unmatched = set(patterns)
-    replaced: dict[int, nn.Parameter] = {}  # tied weights stay tied
 
-    for name, module in list(_modules_with_weight(model)):
-        matching = [pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)]
+    for weight, sharing in _weights(model):
+        matching = [p for p in patterns if any(fnmatch.fnmatchcase(name, p) for name in sharing)]
         unmatched.difference_update(matching)
-        target, reason = _decide(module, default, module in heads, matching, patterns)
-        weight = module.weight
-        full_name = f"{name}.weight" if name else "weight"
-        if id(weight) in replaced:
-            set_quantized_weight(module, replaced[id(weight)])
-        elif target is None:
-            shape = tuple(weight.shape)
+        is_head = id(weight) in head_weights
+        target, reason = _decide(weight, list(sharing.values()), default, is_head, matching, patterns)
+        full_name = f"{next(iter(sharing))}.weight".removeprefix(".")
+        shape = tuple(weight.shape)
+        if target is None:
             report.left.append(Left(full_name, shape, weight.nbytes, reason))
-        else:
-            rule = scale_rule or default_scale_rule(target)
-            used = FLOAT_PRODUCTS if id(weight) in head_weights else products
-            parameter = _quantized_parameter(full_name, weight, target, rule, per_row, used)
-            replaced[id(weight)] = parameter
+            continue
+        rule = scale_rule or default_scale_rule(target)
+        quantized = _quantize(full_name, weight, target, rule, per_row, FLOAT_PRODUCTS if is_head else products)
+        parameter = nn.Parameter(quantized, requires_grad=weight.requires_grad)
+        for module in sharing.values():
             set_quantized_weight(module, parameter)
-            size = parameter.nbytes_stored()  # type: ignore[attr-defined]
-            report.converted.append(Converted(full_name, target, tuple(weight.shape), rule, size))
+        report.converted.append(Converted(full_name, target, shape, rule, quantized.nbytes_stored()))
 
     report.left += _unreachable(model, {entry.name for entry in (*report.converted, *report.left)})
     report.unmatched_rules = sorted(unmatched)
@@ -127,19 +122,27 @@ def quantize_(
     return report
 
 
-def _modules_with_weight(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _weights(model: nn.Module) -> list[tuple[nn.Parameter, dict[str, nn.Module]]]:
+    """Every module's `weight` once, with the modules that share it by name: tied weights are decided together."""
+    found: dict[int, tuple[nn.Parameter, dict[str, nn.Module]]] = {}
     for name, module in model.named_modules():
-        if isinstance(getattr(module, "weight", None), nn.Parameter):
-            yield name, module
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter):
+            found.setdefault(id(weight), (weight, {}))[1][name] = module
+    return list(found.values())
 
 
 def _decide(
-    module: nn.Module, default: Format, is_head: bool, matching: list[str], patterns: Mapping[str, Format | None]
+    weight: nn.Parameter,
+    modules: list[nn.Module],
+    default: Format,
+    is_head: bool,
+    matching: list[str],
+    patterns: Mapping[str, Format | None],
 ) -> tuple[Format | None, str]:
-    """The format of a module's weight, or None and the reason."""
-    weight = module.weight
-    assert isinstance(weight, nn.Parameter)
-    convertible = isinstance(module, nn.Linear | nn.Embedding) or weight.ndim == 1
+    """The format of a weight that `modules` share, or None and the reason."""
+    other = [m for m in modules if not isinstance(m, nn.Linear | nn.Embedding)]
+    convertible = not other or weight.ndim == 1
     if isinstance(weight, QuantizedTensor):
         return None, "already quantized"
     if not weight.is_floating_point():
@@ -148,19 +151,19 @@ def _decide(
         target = patterns[matching[-1]]
         if target is not None and not convertible:
             raise ConfigError(
-                f"rule {matching[-1]!r} asks for {target} bits on a {type(module).__name__}, which can't be "
+                f"rule {matching[-1]!r} asks for {target} bits on a {type(other[0]).__name__}, which can't be "
                 "converted (only nn.Linear, nn.Embedding and norm gains): exclude it with a later rule of None"
             )
         return target, f"rule {matching[-1]!r}"
     if is_head:
         return None, "output head: float by default, a rule can convert it"
-    if isinstance(module, nn.Linear):
-        return default, ""
-    if isinstance(module, nn.Embedding):
-        return None, "embedding: float by default, a rule can convert it"
     if weight.ndim == 1:
         return None, "norm gain: float by default, a rule can convert it"
-    return None, f"{type(module).__name__} is neither nn.Linear nor nn.Embedding"
+    if other:
+        return None, f"{type(other[0]).__name__} is neither nn.Linear nor nn.Embedding"
+    if any(isinstance(module, nn.Embedding) for module in modules):
+        return None, "embedding: float by default, a rule can convert it"
+    return default, ""
 
 
 def output_heads(model: nn.Module) -> set[nn.Module]:
@@ -184,18 +187,17 @@ def linear_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m not in heads]
 
 
-def _quantized_parameter(
+def _quantize(
     name: str, weight: Tensor, format: Format, scale_rule: str, per_row: bool, products: Products
-) -> nn.Parameter:
+) -> QuantizedTensor:
     if not weight.detach().isfinite().all():
         raise ConfigError(f"{name} holds NaN or Inf and can't be quantized: load or initialize the model again")
     scale = compute_scale(weight, format, scale_rule, per_row)
     if not (scale > 0).all():
         # A layer initialized with zeros has no spread to take a scale from: use nn.Linear's usual 1/sqrt(3 * in).
-        spread = torch.full_like(weight[:1], (3 * weight.shape[-1]) ** -0.5)
+        spread = torch.full((1, 1), (3 * max(1, weight.shape[-1])) ** -0.5, device=weight.device)
         scale = torch.where(scale > 0, scale, compute_scale(spread, format, scale_rule))
-    quantized = QuantizedTensor.from_float(weight, scale, format, products)
-    return nn.Parameter(quantized, requires_grad=weight.requires_grad)
+    return QuantizedTensor.from_float(weight, scale, format, products)
 
 
 def _unreachable(model: nn.Module, known: set[str]) -> list[Left]:

@@ -15,16 +15,19 @@ Two choices and their cost:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
+from dqt import ops
 from dqt.errors import ConfigError, did_you_mean
 from dqt.numerics.formats import Format
-from dqt.numerics.packing import pack, packed_size, unpack
+from dqt.numerics.packing import packed_size
 
 aten = torch.ops.aten
 PRODUCT_KINDS = ("int8", "float")
@@ -113,9 +116,10 @@ class QuantizedTensor(torch.Tensor):
             format: The format of the codes.
             products: How linear layers multiply with it.
         """
-        rows = weight.detach().float().reshape(-1, weight.shape[-1])
+        *leading, columns = weight.shape
+        rows = weight.detach().float().reshape(math.prod(leading), columns)
         codes = (rows / scale + (format.offset + 0.5)).floor_().clamp_(format.qmin, format.qmax)
-        packed = pack(codes.to(torch.int16), format.bits).view(*weight.shape[:-1], -1)
+        packed = ops.pack(codes.to(torch.int16), format.bits).view(*leading, packed_size(columns, format.bits))
         return cls(packed, scale, format, weight.shape, weight.dtype, products or Products())
 
     # -- reading ---------------------------------------------------------------------------------------------------
@@ -123,12 +127,12 @@ class QuantizedTensor(torch.Tensor):
     @property
     def rows(self) -> int:
         """Number of packed rows: the product of all dimensions but the last."""
-        return self.numel() // self.shape[-1] if self.shape[-1] else 0
+        return math.prod(self.shape[:-1])
 
     def unpack_rows(self, rows: slice = slice(None)) -> Tensor:
         """Codes of some rows, `int8` [rows, shape[-1]]."""
         packed = self.codes.view(self.rows, self.codes.shape[-1])[rows]
-        return unpack(packed, self.format.bits, self.shape[-1], self.format.signed)
+        return ops.unpack(packed, self.format.bits, self.shape[-1], self.format.signed)
 
     def unpack(self) -> Tensor:
         """All codes, `int8` of the logical shape."""
@@ -165,7 +169,7 @@ class QuantizedTensor(torch.Tensor):
             codes: Integer tensor [rows, shape[-1]] with values in [qmin, qmax].
             rows: Which rows.
         """
-        self.codes.view(self.rows, self.codes.shape[-1])[rows] = pack(codes, self.format.bits)
+        self.codes.view(self.rows, self.codes.shape[-1])[rows] = ops.pack(codes, self.format.bits)
         torch.autograd.graph.increment_version(self)
 
     def check_codes(self) -> None:
@@ -228,11 +232,33 @@ class QuantizedTensor(torch.Tensor):
                 self.codes.copy_(source.codes)
                 self.scale.copy_(source.scale)
                 return self
-        if func._schema.is_mutable and any(isinstance(arg, cls) for arg in args[:1]):
-            raise TypeError(
-                f"{func} would write floats into a {self.format} weight; nothing is rounded behind your back: "
-                "train it with dqt.optim, or write integers with weight.write_codes"
-            )
+        for written in _written_arguments(func, args, kwargs):
+            if isinstance(written, cls):
+                raise TypeError(_refusal(func, written))
         # Every other operation (norm gains, weight.t(), zeros_like, norms) reads a float copy.
-        plain = torch.utils._pytree.tree_map_only(cls, cls.dequantize, (args, kwargs))
+        plain = pytree.tree_map_only(cls, cls.dequantize, (args, kwargs))
         return func(*plain[0], **plain[1])
+
+
+def _written_arguments(func: Any, args: Any, kwargs: Any) -> Iterator[Any]:
+    """What an operation writes to: `self` of add_, `out=`, every tensor in the lists of the _foreach operations."""
+    if func._schema.is_mutable:
+        for i, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                yield from pytree.tree_leaves(args[i] if i < len(args) else kwargs.get(argument.name))
+
+
+def _refusal(func: Any, weight: QuantizedTensor) -> str:
+    return (
+        f"{func} would write floats into a {weight.format} weight; nothing is rounded behind your back: "
+        "train it with dqt.optim, or write integers with weight.write_codes"
+    )
+
+
+@implements(torch.Tensor.__setitem__)
+def _refuse_item_assignment(weight: Tensor, index: Any, value: Any) -> None:
+    """Indexing reads a float copy, so that an assignment through it would be lost without a word."""
+    if isinstance(weight, QuantizedTensor):
+        raise TypeError(_refusal("weight[...] = value", weight))
+    with torch._C.DisableTorchFunctionSubclass():
+        weight[index] = value.dequantize() if isinstance(value, QuantizedTensor) else value

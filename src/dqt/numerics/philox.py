@@ -25,7 +25,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
 _ROUNDS = 10
 MAX_ELEMENTS = 2**34
-_WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 class Purpose(enum.IntEnum):
@@ -101,10 +101,8 @@ def random_uint32(
 
 
 def canonical_name(name: str) -> str:
-    """A parameter's full name without the prefixes that wrappers (DDP, FSDP, `torch.compile`) add."""
-    for prefix in _WRAPPER_PREFIXES:
-        name = name.replace(prefix, "")
-    return name
+    """A parameter's full name without the parts that wrappers (DDP, FSDP, `torch.compile`) add."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def stream_of(name: str) -> int:

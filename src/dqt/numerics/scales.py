@@ -13,6 +13,7 @@ float16 scales, so that an exported weight is exactly the trained one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -21,8 +22,9 @@ from torch import Tensor
 from dqt.errors import ConfigError, did_you_mean
 from dqt.numerics.formats import Format
 
-# Step / sigma that minimizes the mean square error of rounding a Gaussian to a two's complement grid of n bits;
-# `tests/test_scales.py` recomputes it. Ternary and binary have it too, for who asks for `gaussian` there.
+# Step / sigma that minimizes the mean square error of rounding a Gaussian to a symmetric grid of n bits (Max, 1960).
+# On the two's complement grid its error is within 0.7 % of the least one, at 2 bits, and nearer above: see
+# `tests/test_scales.py`. Ternary and binary have it too, for who asks for `gaussian` there.
 GAUSSIAN_STEP = {
     "1": 1.596,
     "ternary": 1.224,
@@ -65,7 +67,7 @@ def compute_scale(weight: Tensor, fmt: Format, rule: str, per_row: bool = False)
     """Scale for a float weight.
 
     Args:
-        weight: Float tensor; one dimension, or [rows, ...].
+        weight: Float tensor with at least one dimension; its rows are all dimensions but the last.
         fmt: The format of its codes.
         rule: A name in `SCALE_RULES`.
         per_row: One scale a row, instead of one for the tensor.
@@ -78,7 +80,7 @@ def compute_scale(weight: Tensor, fmt: Format, rule: str, per_row: bool = False)
     """
     if rule not in SCALE_RULES:
         raise ConfigError(f"unknown scale rule {rule!r}; {did_you_mean(rule, SCALE_RULES)}")
-    rows = weight.detach().float().reshape(weight.shape[0] if per_row else 1, -1)
+    rows = weight.detach().float().reshape(math.prod(weight.shape[:-1]) if per_row else 1, -1)
     scale = SCALE_RULES[rule](rows, fmt)
     if rule != "paper":
         scale = round_to_float16(scale)

@@ -1,12 +1,14 @@
 """Guards bfloat16 products on CPUs that advertise AMX and do not have it.
 
-Some virtual machines show AMX in the CPU's flags although the hypervisor does not let it run: oneDNN believes the
-flags, and the first bfloat16 product kills the process with SIGILL. Keeping oneDNN to AVX512_CORE_BF16 helps, but
-only where it is said before oneDNN's first product of any type, because oneDNN reads the variable once.
+Some virtual machines show AMX in the CPU's flags although the hypervisor does not let it run: oneDNN believes
+the flags, and the first bfloat16 product kills the process with SIGILL. Keeping oneDNN to AVX512_CORE_BF16
+helps, but only where it is said before oneDNN's first product of any type, because oneDNN reads the variable
+once.
 
-So the product is tried in a forked child, which has this very process's oneDNN in whatever state it is; a child
-costs milliseconds, a new Python with torch seconds. Dead end: turning oneDNN off (`torch.backends.mkldnn`) works at
-any time, but makes bfloat16 products 7 to 100 times slower, by layout, and int8 products 250 times.
+So the product is tried in a forked child, which has this very process's oneDNN in whatever state it is; a
+child costs milliseconds, a new Python with torch seconds. Dead end: turning oneDNN off
+(`torch.backends.mkldnn`) works at any time, but makes bfloat16 products 7 to 100 times slower, by layout, and
+int8 products 250 times.
 """
 
 from __future__ import annotations

@@ -18,9 +18,12 @@ import torch
 from torch import Tensor
 
 from dqt.errors import ConfigError, did_you_mean
+from dqt.numerics import philox
 from dqt.optim.base import QuantizedOptimizer
+from dqt.optim.fused import adam_update
 from dqt.optim.moments import (
     SECOND_MOMENTS,
+    exact_sqrt,
     first_moment_rows,
     init_moments,
     is_factored,
@@ -28,6 +31,7 @@ from dqt.optim.moments import (
     update_factors,
 )
 from dqt.optim.writeback import DEFAULT_HYSTERESIS
+from dqt.tensor import QuantizedTensor
 
 
 class AdamW(QuantizedOptimizer):
@@ -88,20 +92,57 @@ class AdamW(QuantizedOptimizer):
         if kind not in SECOND_MOMENTS:
             raise ConfigError(f"unknown second_moment {kind!r}; {did_you_mean(kind, SECOND_MOMENTS)}")
 
-    def begin(self, grad: Tensor, state: dict[str, Any], group: dict[str, Any], shape: torch.Size) -> None:
+    def begin(
+        self, grad: Tensor, state: dict[str, Any], group: dict[str, Any], shape: torch.Size
+    ) -> tuple[Tensor, Tensor] | None:
         kind = "factored" if is_factored(group["second_moment"], shape) else "full"
         if state["step"] == 1:
             init_moments(state, grad, group["betas"][0], kind)
-        if kind == "factored":
-            update_factors(state, grad, group["betas"][1])
+        return update_factors(state, grad, group["betas"][1]) if kind == "factored" else None
 
     def direction(
-        self, grad: Tensor, state: dict[str, Any], group: dict[str, Any], rows: slice
+        self,
+        grad: Tensor,
+        state: dict[str, Any],
+        group: dict[str, Any],
+        factors: tuple[Tensor, Tensor] | None,
+        rows: slice,
     ) -> Tensor:
         beta1, beta2 = group["betas"]
-        correction1 = 1 - beta1 ** state["step"]
-        correction2 = 1 - beta2 ** state["step"]
+        correction1, sqrt_correction2 = bias_corrections(group, state["step"])
         m = first_moment_rows(state, grad, rows, beta1)
-        v = second_moment_rows(state, grad, rows, beta2)
-        denominator = (v.sqrt() / math.sqrt(correction2)).add_(group["eps"])
-        return m / denominator.mul_(correction1)
+        v = second_moment_rows(state, factors, grad, rows, beta2)
+        return m / exact_sqrt(v).div_(sqrt_correction2).add_(group["eps"]).mul_(correction1)
+
+    def fused(
+        self,
+        name: str,
+        weight: QuantizedTensor,
+        grad: Tensor,
+        state: dict[str, Any],
+        group: dict[str, Any],
+        factors: tuple[Tensor, Tensor] | None,
+        residual_bits: int,
+    ) -> bool:
+        return adam_update(
+            weight,
+            grad,
+            state,
+            factors,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            betas=group["betas"],
+            corrections=bias_corrections(group, state["step"]),
+            eps=group["eps"],
+            residual_bits=residual_bits,
+            hysteresis=group["hysteresis"],
+            nearest=group["rounding"] == "nearest",
+            counter=(group["seed"], philox.Purpose.UPDATE, philox.stream_of(name), state["step"]),
+            stats=self._stats if self.collect_telemetry else None,
+        )
+
+
+def bias_corrections(group: dict[str, Any], step: int) -> tuple[float, float]:
+    """1 - beta1**step, and the root of 1 - beta2**step."""
+    beta1, beta2 = group["betas"]
+    return 1 - beta1**step, math.sqrt(1 - beta2**step)

@@ -121,11 +121,13 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         bits = default_residual_bits(weight) if bits == "auto" else bits
         if bits and "residual" not in state:
             state["residual"] = new_residual(weight, bits)
-        self.begin(grad, state, group, weight.shape)
+        factors = self.begin(grad, state, group, weight.shape)
+        if self.fused(name, weight, grad, state, group, factors, bits):
+            return
         for rows in row_blocks(weight):
             write_back(
                 weight,
-                self.direction(grad[rows].float(), state, group, rows),
+                self.direction(grad[rows].float(), state, group, factors, rows),
                 rows,
                 lr=group["lr"],
                 weight_decay=group["weight_decay"],
@@ -141,9 +143,9 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         assert parameter.grad is not None
         shape = parameter.shape
         grad = parameter.grad.reshape(-1, shape[-1]) if len(shape) > 1 else parameter.grad.reshape(1, -1)
-        self.begin(grad, state, group, shape)
+        factors = self.begin(grad, state, group, shape)
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        direction = self.direction(grad.float(), state, group, slice(None))
+        direction = self.direction(grad.float(), state, group, factors, slice(None))
         parameter.add_(direction.view(shape).to(parameter.dtype), alpha=-group["lr"])
 
     def _random(
@@ -164,15 +166,39 @@ class QuantizedOptimizer(torch.optim.Optimizer):
 
     # -- the update rule, written by subclasses ----------------------------------------------------------------------
 
-    def begin(self, grad: Tensor, state: dict[str, Any], group: dict[str, Any], shape: torch.Size) -> None:
-        """Makes the state on the first step, and does what needs the whole gradient matrix [rows, columns]."""
+    def begin(
+        self, grad: Tensor, state: dict[str, Any], group: dict[str, Any], shape: torch.Size
+    ) -> tuple[Tensor, Tensor] | None:
+        """Makes the state on the first step, and does what needs the whole gradient matrix [rows, columns].
+
+        Returns:
+            Row and column factors of a factored second moment, or None.
+        """
         raise NotImplementedError
 
     def direction(
-        self, grad: Tensor, state: dict[str, Any], group: dict[str, Any], rows: slice
+        self,
+        grad: Tensor,
+        state: dict[str, Any],
+        group: dict[str, Any],
+        factors: tuple[Tensor, Tensor] | None,
+        rows: slice,
     ) -> Tensor:
         """Update direction for some rows of the gradient matrix, `float32`; the caller multiplies by -lr."""
         raise NotImplementedError
+
+    def fused(
+        self,
+        name: str,
+        weight: QuantizedTensor,
+        grad: Tensor,
+        state: dict[str, Any],
+        group: dict[str, Any],
+        factors: tuple[Tensor, Tensor] | None,
+        residual_bits: int,
+    ) -> bool:
+        """Does direction and write-back in one kernel, with the same result, if there is one for this case."""
+        return False
 
     # -- telemetry and state -----------------------------------------------------------------------------------------
 

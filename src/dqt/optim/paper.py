@@ -82,7 +82,7 @@ class PaperAdamW(AdamW):
             codes = weight.unpack_rows(rows)
             g = grad[rows].float()
             m = first_moment_rows(state, g, rows, beta1)
-            v = second_moment_rows(state, g, rows, beta2)
+            v = second_moment_rows(state, None, g, rows, beta2)
             w = codes * weight.scale - step_size * (m / v.sqrt().add_(group["eps"]))
             w = w - (group["lr"] * group["weight_decay"]) * w
             y = w / new_scale

@@ -31,8 +31,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dqt import ops
 from dqt.errors import ConfigError
-from dqt.numerics.packing import pack, packed_size, unpack
+from dqt.numerics.packing import packed_size
 from dqt.numerics.rounding import Rounding
 from dqt.tensor import QuantizedTensor
 
@@ -63,12 +64,12 @@ def new_residual(weight: QuantizedTensor, residual_bits: int) -> Tensor:
 
 def read_residual(residual: Tensor, residual_bits: int, columns: int) -> Tensor:
     """Residual as integers in units of scale / 2**(residual_bits - 1)."""
-    return residual if residual_bits == 16 else unpack(residual, residual_bits, columns, signed=True)
+    return residual if residual_bits == 16 else ops.unpack(residual, residual_bits, columns, signed=True)
 
 
 @dataclass
 class WriteBackStats:
-    """Counts over the elements that were written; `residual_squares` is in squared grid steps."""
+    """Counts over the elements that were written; `residual_squares` is in squared grid steps, exact."""
 
     elements: int = 0
     flipped: int = 0
@@ -136,7 +137,8 @@ def write_back(
         position += read_residual(residual[rows], residual_bits, weight.shape[-1])
 
     scale = weight.scale[rows] if weight.scale.ndim else weight.scale
-    displacement = direction * ((lr * unit) / scale)
+    # Two tensors, because a number divided by a tensor would be torch's reciprocal times the number, rounded twice.
+    displacement = direction * (torch.full_like(scale, lr * unit) / scale)
     if weight_decay:
         bottom = (fmt.qmin - fmt.offset) * unit
         displacement += (position + bottom) * (lr * weight_decay)
@@ -149,9 +151,9 @@ def write_back(
         stays = (position - level * unit).abs() <= math.floor((0.5 + hysteresis) * unit)
         new_level = torch.where(stays, level, (position + unit // 2) // unit)
         rest = position - new_level * unit
-        residual[rows] = rest.to(torch.int16) if residual_bits == 16 else pack(rest, residual_bits)
+        residual[rows] = rest.to(torch.int16) if residual_bits == 16 else ops.pack(rest, residual_bits)
         if stats is not None:
-            stats.residual_squares += float((rest.float() / unit).square().sum())
+            stats.residual_squares += int(rest.square().sum()) / unit**2
             stats.residual_elements += rest.numel()
     if stats is not None:
         stats.count(weight, level, new_level)

@@ -1,0 +1,126 @@
+"""The CPU kernels: a small C++ library called through `ctypes`, bit for bit equal to `dqt.ops.reference`.
+
+The library is built by `pip install` where there is a C++ compiler (see CMakeLists.txt); without it everything runs
+on the reference, five to fifty times slower in these operations. It holds the same kernels for AVX512, AVX2 and
+portable C++ and takes the best one that the CPU has; the environment variable DQT_ISA forces one (avx512, avx2,
+portable, or reference for none). ctypes costs about 5 µs a call, and keeps the library free of torch's ABI.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dqt.errors import ConfigError, did_you_mean
+
+INTERFACE_VERSION = 1
+ISAS = ("avx512", "avx2", "portable")
+
+
+class Update(ctypes.Structure):
+    """`DqtUpdate` of csrc/dqt_cpu.h: the same fields in the same order."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "scale", "grad", "exp_avg", "exp_avg_sq")),
+        *((name, ctypes.c_void_p) for name in ("row_factor", "column_factor", "residual")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "code_bytes", "residual_bytes")),
+        ("stats", ctypes.c_int64 * 4),
+        ("stream", ctypes.c_uint64),
+        *((name, ctypes.c_uint32) for name in ("seed", "purpose", "step")),
+        *((name, ctypes.c_int32) for name in ("scale_per_row", "bits", "qmin", "levels", "residual_bits")),
+        *((name, ctypes.c_int32) for name in ("threshold", "nearest")),
+        *((name, ctypes.c_float) for name in ("bottom", "lr_unit", "decay", "beta1", "one_minus_beta1")),
+        *((name, ctypes.c_float) for name in ("beta2", "one_minus_beta2", "correction1", "sqrt_correction2")),
+        ("eps", ctypes.c_float),
+    )
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The loaded library with an instruction set chosen, or None if there is none or DQT_ISA=reference.
+
+    Raises:
+        ConfigError: If DQT_ISA names none that this CPU has, or the library is damaged or of another version.
+    """
+    forced = os.environ.get("DQT_ISA", "")
+    if forced and forced not in (*ISAS, "reference"):
+        raise ConfigError(f"unknown DQT_ISA={forced!r}; {did_you_mean(forced, (*ISAS, 'reference'))}")
+    path = library_path()
+    if forced == "reference" or path is None:
+        if forced in ISAS:
+            raise ConfigError(f"DQT_ISA={forced}, but dqt was installed without its CPU kernels; see `dqt doctor`")
+        return None
+    try:
+        lib = ctypes.CDLL(str(path))
+        version = lib.dqt_interface_version()
+    except (OSError, AttributeError) as error:
+        raise ConfigError(f"{path} can't be used ({error}): install dqt again") from None
+    if version != INTERFACE_VERSION:
+        raise ConfigError(f"{path} has interface {version}, dqt wants {INTERFACE_VERSION}: install dqt again")
+    if not any(lib.dqt_select(isa.encode()) == 0 for isa in ((forced,) if forced else ISAS)):
+        raise ConfigError(f"DQT_ISA={forced}: this CPU does not have these instructions; leave DQT_ISA unset")
+    _share_threads_with_torch(lib)
+    return lib
+
+
+def library_path() -> Path | None:
+    """Where the library is: beside this file, or where an editable install has put it."""
+    import dqt.ops
+
+    for folder in dqt.ops.__path__:
+        for name in ("libdqt_cpu.so", "libdqt_cpu.dylib", "dqt_cpu.dll"):
+            if (path := Path(folder, name)).is_file():
+                return path
+    return None
+
+
+def active_isa() -> str:
+    """The instruction set in use: "avx512", "avx2", "portable", or "reference" without the library."""
+    lib = library()
+    return lib.dqt_active().decode() if lib else "reference"
+
+
+def _share_threads_with_torch(lib: ctypes.CDLL) -> None:
+    lib.dqt_active.restype = ctypes.c_char_p
+    process = ctypes.CDLL(None)
+    try:
+        entry = (process.GOMP_parallel, process.omp_get_thread_num, process.omp_get_num_threads)
+    except AttributeError:  # torch with another OpenMP runtime: the library starts threads of its own
+        return
+    lib.dqt_use_openmp(*(ctypes.cast(function, ctypes.c_void_p) for function in entry))
+
+
+def usable(*tensors: Tensor | None) -> ctypes.CDLL | None:
+    """The library if it can take these tensors (all on the CPU), else None; sets its threads to torch's."""
+    lib = library()
+    if lib is None or any(t is not None and t.device.type != "cpu" for t in tensors):
+        return None
+    lib.dqt_set_threads(torch.get_num_threads())
+    return lib
+
+
+def pointer(tensor: Tensor | None, dtype: torch.dtype) -> Any:
+    """Address of a contiguous CPU tensor of the dtype.
+
+    Raises:
+        ConfigError: If the tensor is none of these; a kernel must not see it.
+    """
+    if tensor is None:
+        return None
+    if tensor.dtype != dtype or not tensor.is_contiguous() or tensor.device.type != "cpu":
+        raise ConfigError(
+            f"a kernel needs a contiguous {dtype} CPU tensor, not {tensor.dtype} on {tensor.device} "
+            f"with strides {tensor.stride()}: call .contiguous() or convert it"
+        )
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def size(value: int) -> ctypes.c_int64:
+    """An int64 argument; ctypes would pass a plain int as 32 bits."""
+    return ctypes.c_int64(value)

@@ -1,0 +1,54 @@
+// The plain C interface of the CPU kernels, and the table that each instruction set fills.
+//
+// No torch headers, no exceptions across the boundary, no allocation: Python checks shapes and types and passes
+// pointers. All matrices are row-major and contiguous. Every result is bitwise the same for any number of threads and
+// any instruction set, and the same as dqt/ops/reference.py: floats are never contracted (-ffp-contract=off), division
+// and square root are IEEE, and sums have a fixed order.
+#pragma once
+#include <cstdint>
+
+extern "C" {
+
+// One optimizer step of one packed weight; see dqt/optim/writeback.py for the equations. Mirrored in ops/cpu.py.
+struct DqtUpdate {
+  std::uint8_t* codes;        // [rows, code_bytes]
+  const float* scale;         // [] or [rows]
+  const float* grad;          // [rows, columns]
+  float* exp_avg;             // [rows, columns] or null: no first moment
+  float* exp_avg_sq;          // [rows, columns] or null: factored
+  const float* row_factor;    // [rows], row average / mean of row averages, if factored
+  const float* column_factor; // [columns], if factored
+  std::uint8_t* residual;     // [rows, residual_bytes], or null: strict
+  std::int64_t rows, columns, code_bytes, residual_bytes;
+  std::int64_t stats[4];      // out: flipped, saturated, zeros, sum of squared residuals in units
+  std::uint64_t stream;
+  std::uint32_t seed, purpose, step;
+  std::int32_t scale_per_row;
+  std::int32_t bits, qmin, levels, residual_bits;
+  std::int32_t threshold;     // |position - cell| up to which a code stays, in units
+  std::int32_t nearest;       // 1: round to nearest, 0: stochastic
+  float bottom;               // (qmin - offset) * unit
+  float lr_unit;              // lr * unit
+  float decay;                // lr * weight_decay
+  float beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, sqrt_correction2, eps;
+};
+
+struct DqtKernels {
+  void (*quantize_rows)(const float* x, std::int64_t columns, std::int64_t begin, std::int64_t end,
+                        std::int8_t* q, float* scale);
+  void (*column_absmax)(const float* x, const float* row_factor, std::int64_t rows, std::int64_t columns,
+                        std::int64_t begin, std::int64_t end, std::uint32_t* absmax_bits);
+  void (*quantize_columns)(const float* x, const float* row_factor, std::int64_t columns, std::int64_t begin,
+                           std::int64_t end, const float* inverse, std::int8_t* q);
+  void (*scale_product)(const std::int32_t* product, std::int64_t columns, std::int64_t begin, std::int64_t end,
+                        const float* row_scale, const float* column_scale, float* y);
+  void (*unpack)(const std::uint8_t* packed, std::int64_t columns, std::int64_t packed_bytes, int bits, int is_signed,
+                 std::int64_t begin, std::int64_t end, std::int8_t* values);
+  void (*pack)(const std::int8_t* values, std::int64_t columns, std::int64_t packed_bytes, int bits,
+               std::int64_t begin, std::int64_t end, std::uint8_t* packed);
+  void (*row_mean_squares)(const float* x, std::int64_t columns, std::int64_t begin, std::int64_t end, float* mean);
+  void (*column_mean_squares)(const float* x, std::int64_t rows, std::int64_t columns, std::int64_t begin,
+                              std::int64_t end, float* mean);
+  void (*update)(const DqtUpdate* args, std::int64_t begin, std::int64_t end, std::int64_t stats[4]);
+};
+}
