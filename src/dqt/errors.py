@@ -33,6 +33,7 @@ class NonFiniteError(DqtError):
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Returns the tail of a message about an unknown `name`: the nearest valid one, then all of them."""
     names = [str(choice) for choice in choices]
-    nearest = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    by_lower = {choice.lower(): choice for choice in names}
+    nearest = difflib.get_close_matches(str(name).lower(), by_lower, n=1, cutoff=0.4)
+    hint = f"did you mean {by_lower[nearest[0]]!r}? " if nearest else ""
     return f"{hint}valid: {', '.join(names)}"

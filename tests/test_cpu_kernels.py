@@ -1,0 +1,196 @@
+"""Every CPU kernel, on every instruction set that this CPU has, equals the PyTorch reference bit for bit.
+
+The reference runs by hiding the library. Without a compiler there is no library, and `dqt doctor` says so; then the
+parametrization is empty and only the tests of the error messages run.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dqt
+from dqt import ops
+from dqt.errors import ConfigError
+from dqt.ops import cpu
+
+
+def available_isas() -> list[str]:
+    lib = cpu.library()
+    if lib is None:
+        return []
+    chosen = cpu.active_isa()
+    available = [isa for isa in cpu.ISAS if lib.dqt_select(isa.encode()) == 0]
+    lib.dqt_select(chosen.encode())
+    return available
+
+
+@pytest.fixture(
+    params=list(itertools.product(available_isas(), (1, 2))), ids=lambda p: f"{p[0]}-{p[1]}threads"
+)
+def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs a test on one instruction set and number of threads."""
+    isa, threads = request.param
+    before, threads_before = cpu.active_isa(), torch.get_num_threads()
+    lib = cpu.library()
+    assert lib is not None
+    lib.dqt_select(isa.encode())
+    torch.set_num_threads(threads)
+    yield
+    lib.dqt_select(before.encode())
+    torch.set_num_threads(threads_before)
+
+
+def on_reference(monkeypatch: pytest.MonkeyPatch, function: Callable[[], Any]) -> Any:
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu, "usable", lambda *tensors: None)
+        return function()
+
+
+def assert_same(fast: Any, slow: Any) -> None:
+    if isinstance(fast, Tensor):
+        assert fast.dtype == slow.dtype
+        assert (
+            torch.equal(fast.nan_to_num(-7.0), slow.nan_to_num(-7.0))
+            if fast.is_floating_point()
+            else torch.equal(fast, slow)
+        )
+    elif isinstance(fast, tuple | list):
+        assert len(fast) == len(slow)
+        for a, b in zip(fast, slow, strict=True):
+            assert_same(a, b)
+    else:
+        assert fast == slow
+
+
+SHAPES = [(0, 5), (1, 1), (3, 5), (17, 33), (100, 512), (257, 769), (64, 2048)]
+
+
+def matrix(rows: int, columns: int) -> Tensor:
+    """Rows of very different size, with a zero row, a tiny row, a NaN and an Inf where there is room."""
+    generator = torch.Generator().manual_seed(rows * 10_007 + columns)
+    x = (
+        torch.randn(rows, columns, generator=generator)
+        * torch.randn(rows, 1, generator=generator).mul(3).exp()
+    )
+    if rows > 8:
+        x[1], x[2], x[3, 0], x[4, -1] = 0.0, 1e-38, torch.nan, -torch.inf
+    return x
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_quantization_and_scaling(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, columns = shape
+    x = matrix(rows, columns)
+    factor = torch.rand(rows, generator=torch.Generator().manual_seed(1))
+    product = torch.randint(-(2**30), 2**30, shape, dtype=torch.int32)
+    cases: list[Callable[[], Any]] = [
+        lambda: ops.quantize_rows(x),
+        lambda: ops.quantize_rows(x.T.contiguous().T),
+        lambda: ops.quantize_columns(x),
+        lambda: ops.quantize_columns(x, factor),
+        lambda: ops.scale_product(product, factor),
+        lambda: ops.scale_product(product, factor, torch.arange(columns) * 0.01),
+    ]
+    if rows:
+        cases.append(lambda: ops.mean_squares(x.nan_to_num(1.0, 2.0, 3.0)))
+    for case in cases:
+        assert_same(case(), on_reference(monkeypatch, case))
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_packing(shape: tuple[int, int], bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.randint(0, 2**bits, shape, generator=torch.Generator().manual_seed(bits)).to(torch.int16)
+    packed = ops.pack(values, bits)
+    assert_same(packed, on_reference(monkeypatch, lambda: ops.pack(values, bits)))
+    for signed in (True, False):
+        unpacked = ops.unpack(packed, bits, shape[1], signed)
+        assert_same(unpacked, on_reference(monkeypatch, lambda: ops.unpack(packed, bits, shape[1], signed)))
+
+
+# bits, residual bits, second moment, beta1, weight decay, per row, rounding, shape
+UPDATES = [
+    ("1", 0, "full", 0.9, 0.1, False, "stochastic", (33, 70)),
+    ("1", 16, "factored", 0.0, 0.1, True, "nearest", (33, 70)),
+    ("ternary", 0, "factored", 0.0, 0.0, False, "stochastic", (5, 1301)),
+    ("ternary", 8, "factored", 0.0, 0.1, False, "stochastic", (130, 520)),
+    ("ternary", 6, "full", 0.9, 0.0, True, "stochastic", (5, 1301)),
+    ("2", 2, "full", 0.0, 0.1, False, "nearest", (33, 70)),
+    ("3", 5, "factored", 0.9, 0.1, True, "stochastic", (9, 1030)),
+    ("4", 8, "factored", 0.0, 0.0, False, "stochastic", (64, 512)),
+    ("5", 3, "full", 0.9, 0.1, False, "stochastic", (7, 13)),
+    ("6", 16, "full", 0.9, 0.1, True, "stochastic", (33, 70)),
+    ("7", 4, "factored", 0.9, 0.0, False, "nearest", (33, 71)),
+    ("8", 0, "full", 0.9, 0.1, False, "stochastic", (130, 520)),
+    ("8", 8, "full", 0.0, 0.0, True, "stochastic", (1, 4099)),
+]
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("case", UPDATES, ids=str)
+def test_fused_update(case: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    bits, residual_bits, second_moment, beta1, decay, per_row, rounding, shape = case
+
+    def train() -> list[Any]:
+        generator = torch.Generator().manual_seed(4)
+        layer = nn.Linear(shape[1], shape[0], bias=False)
+        with torch.no_grad():
+            layer.weight.copy_(torch.randn(shape, generator=generator) * 0.05)
+        dqt.quantize_(nn.Sequential(layer), bits, per_row=per_row)
+        optimizer = dqt.optim.AdamW(
+            layer.named_parameters(),
+            lr=0.02,
+            betas=(beta1, 0.95),
+            weight_decay=decay,
+            seed=3,
+            residual_bits=residual_bits,
+            second_moment=second_moment,
+            rounding=rounding,
+        )
+        seen: list[Any] = []
+        for _ in range(3):
+            layer.weight.grad = torch.randn(shape, generator=generator)
+            optimizer.step()
+            seen += [layer.weight.codes.clone(), optimizer.telemetry()]
+        return seen + [value for value in optimizer.state[layer.weight].values() if isinstance(value, Tensor)]
+
+    fast = train()
+    assert not torch.equal(fast[0], fast[4]), "the case must change codes"
+    assert_same(fast, on_reference(monkeypatch, train))
+
+
+def test_a_kernel_refuses_what_it_cannot_read() -> None:
+    for tensor in (torch.zeros(4, 4).T[1:, 1:], torch.zeros(2, dtype=torch.float64)):
+        with pytest.raises(ConfigError, match="contiguous torch.float32 CPU tensor"):
+            cpu.pointer(tensor, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("avx1024", "unknown DQT_ISA='avx1024'"), ("AVX2", "did you mean 'avx2'")]
+)
+def test_a_wrong_instruction_set_is_refused(name: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DQT_ISA", name)
+    with pytest.raises(ConfigError, match=message):
+        cpu.library.__wrapped__()
+
+
+def test_the_reference_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DQT_ISA", "reference")
+    assert cpu.library.__wrapped__() is None
+
+
+def test_a_damaged_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    broken = tmp_path / "libdqt_cpu.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.delenv("DQT_ISA", raising=False)
+    monkeypatch.setattr(cpu, "library_path", lambda: broken)
+    with pytest.raises(ConfigError, match=r"libdqt_cpu\.so can't be used .* install dqt again"):
+        cpu.library.__wrapped__()
