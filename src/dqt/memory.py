@@ -1,0 +1,212 @@
+"""Bytes that training takes: measured on the live tensors, and foretold before they exist.
+
+`measure` adds up what the parameters, their gradients and the optimizer's state really hold, beside the 16
+bytes a parameter of full-precision AdamW (weights 4, gradients 4, two moments 8). Activations are not in it:
+they belong to the batch, not to the model, and show in the process's peak. `estimate` gives both from sizes
+alone; its activations are a count of what the layers save for the backward pass, right to a third or so, and
+serve to explain why memory ran out.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dqt.errors import DqtError
+from dqt.models import count_parameters
+from dqt.numerics.formats import parse_bits
+from dqt.quantize import linear_modules
+from dqt.recipes import Recipe
+from dqt.tensor import QuantizedTensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+FP32_ADAMW_BYTES = 16
+CATEGORIES = ("linear weights", "embeddings and head", "norms and biases")
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """Bytes of a category of parameters.
+
+    Attributes:
+        category: One of `CATEGORIES`, or "total".
+        parameters: How many; a tied one counts once.
+        weights: Bytes of the weights as stored: codes and scales, or floats.
+        gradients: Bytes of the gradients that live at the same time.
+        optimizer: Bytes of the optimizer's state.
+    """
+
+    category: str
+    parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        """Weights, gradients and optimizer state."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def fp32_adamw(self) -> int:
+        """What FP32 AdamW takes for as many parameters."""
+        return FP32_ADAMW_BYTES * self.parameters
+
+
+@dataclass(frozen=True)
+class MemoryTable:
+    """What `measure` found: one row for each category that the model has."""
+
+    rows: tuple[MemoryRow, ...]
+
+    @property
+    def total(self) -> MemoryRow:
+        """The sum of all rows."""
+        sums = [sum(getattr(row, name) for row in self.rows) for name in _COUNTS]
+        return MemoryRow("total", *sums)
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        """Rows and total, for JSON."""
+        return [
+            {**asdict(row), "total": row.total, "fp32_adamw": row.fp32_adamw}
+            for row in (*self.rows, self.total)
+        ]
+
+    def __str__(self) -> str:
+        lines = [f"{'':20}{'weights':>11}{'gradients':>11}{'optimizer':>11}{'total':>11}{'FP32 AdamW':>12}"]
+        for row in (*self.rows, self.total):
+            sizes = (row.weights, row.gradients, row.optimizer, row.total)
+            cells = "".join(f"{format_bytes(size):>11}" for size in sizes)
+            lines.append(f"{row.category:20}{cells}{format_bytes(row.fp32_adamw):>12}")
+        return "\n".join(lines)
+
+
+_COUNTS = ("parameters", "weights", "gradients", "optimizer")
+
+
+def measure(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> MemoryTable:
+    """Adds up the live tensors; call it between `step` and `zero_grad`, when all of them are there."""
+    linear = {id(module.weight) for _, module in linear_modules(model)}
+    embeddings = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Embedding)
+    }
+    sums = {category: dict.fromkeys(_COUNTS, 0) for category in CATEGORIES}
+    for parameter in model.parameters():
+        matrix = CATEGORIES[1] if id(parameter) in embeddings else CATEGORIES[2]
+        row = sums[CATEGORIES[0] if id(parameter) in linear else matrix]
+        row["parameters"] += parameter.numel()
+        row["weights"] += parameter_bytes(parameter)
+        row["gradients"] += 0 if parameter.grad is None else parameter.grad.nbytes
+        row["optimizer"] += _tensor_bytes(optimizer.state.get(parameter, {})) if optimizer else 0
+    rows = (MemoryRow(category, **row) for category, row in sums.items() if row["parameters"])
+    return MemoryTable(tuple(rows))
+
+
+def parameter_bytes(parameter: Tensor) -> int:
+    """Bytes that a parameter's storage takes: codes and scale of a low-bit one."""
+    return parameter.nbytes_stored() if isinstance(parameter, QuantizedTensor) else parameter.nbytes
+
+
+def _tensor_bytes(state: Any) -> int:
+    if isinstance(state, Tensor):
+        return state.nbytes
+    if isinstance(state, dict):
+        return sum(_tensor_bytes(value) for value in state.values())
+    return 0
+
+
+# -- the process ---------------------------------------------------------------------------------------------
+
+
+def process_memory() -> int:
+    """Bytes of memory that this process holds now; where the system does not tell, its peak."""
+    if torch.cuda.is_available() and torch.cuda.memory_allocated():
+        return torch.cuda.memory_allocated()
+    try:
+        resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return resident_pages * resource.getpagesize()
+    except (OSError, ValueError, IndexError):
+        return peak_memory()
+
+
+def peak_memory() -> int:
+    """The most bytes of memory that this process ever held."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def format_bytes(size: float) -> str:
+    """A size in the unit that suits it, as in "1.3 GB" (powers of 1,000)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(size) < 999.5:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+# -- out of memory -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes that a training step needs: for parameters (weights, gradients, state) and for activations."""
+
+    parameters: int
+    activations: int
+
+
+def estimate(
+    config: PreTrainedConfig, recipe: Recipe, batch_size: int, seq_len: int, activation_checkpointing: bool
+) -> Estimate:
+    """What a step needs, from sizes alone; nothing is allocated."""
+    count = count_parameters(config)
+    full = 4 + 4 + 4 * (recipe.float_betas[0] > 0) + 4
+    low_bit: float = full
+    if recipe.quantized:
+        bits = parse_bits(recipe.bits or "ternary").bits + recipe.residual_bits
+        low_bit = bits / 8 + 4 + 4 * (recipe.betas[0] > 0) + 4 * (recipe.second_moment == "full")
+    parameters = low_bit * count.linear + full * (count.total - count.linear)
+
+    # A layer saves: inputs, statistics and outputs of two norms, q, k, v before and after rotation, the
+    # attention's output, and gate, up, their activation and product; the loss works on one chunk of logits at
+    # a time.
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    layer = 4 * (14 * hidden + 5 * config.intermediate_size)
+    kept = 4 * hidden * layers + layer if activation_checkpointing else layer * layers
+    return Estimate(int(parameters), batch_size * seq_len * kept)
+
+
+OUT_OF_MEMORY_SIGNS = (
+    "not enough memory",
+    "can't allocate memory",
+    "out of memory",
+    "cannot allocate memory",
+)
+
+
+@contextmanager
+def explain_out_of_memory(needs: Callable[[], str]) -> Iterator[None]:
+    """Turns an allocation that fails, on any device, into a `DqtError` that says what the run needs.
+
+    Args:
+        needs: Called after the failure; what the run needs and which settings lower it.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        text = str(error).lower()
+        if not isinstance(error, MemoryError) and not any(sign in text for sign in OUT_OF_MEMORY_SIGNS):
+            raise
+        raise DqtError(f"out of memory: {needs()}") from error

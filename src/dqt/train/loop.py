@@ -1,0 +1,110 @@
+"""`train`: from a config to a finished run.
+
+Everything that can be refused is refused here, in the order of what it costs to find out: settings,
+directory, checkpoint, text; nothing is written before. What a step does is in `dqt.train.trainer`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TextIO
+
+import torch
+
+from dqt.data.prepare import Corpus, prepare_corpus
+from dqt.errors import ConfigError
+from dqt.memory import estimate, explain_out_of_memory, format_bytes
+from dqt.models import build_config
+from dqt.ops.bf16_guard import ensure_bf16_products
+from dqt.train import resume as resuming
+from dqt.train.config import Config, resolve
+from dqt.train.metrics import Console
+from dqt.train.rundir import RunDirectory, default_directory
+from dqt.train.trainer import Trainer, TrainResult, model_config, required
+
+__all__ = ["TrainResult", "train"]
+
+
+def train(
+    config: Config,
+    *,
+    resume: str | None = None,
+    overwrite: bool = False,
+    cache_dir: str | Path | None = None,
+    stream: TextIO | None = None,
+) -> TrainResult:
+    """Trains a model as a config says, in a directory of its own.
+
+    Ctrl-C or SIGTERM ends the run after the current step, with everything written that a finished run has.
+
+    Args:
+        config: Resolved or not.
+        resume: None to start; "auto" to go on where the run's directory allows it; or the path of a run or of
+            a
+            checkpoint to go on from.
+        overwrite: Replace the run that the directory holds.
+        cache_dir: Where prepared text is kept; None takes the user's cache.
+        stream: Where to show progress; None shows nothing.
+
+    Raises:
+        DqtError: A setting, directory, text or checkpoint that can't be used; NaN or Inf; out of memory.
+    """
+    if resume and overwrite:
+        raise ConfigError("--resume goes on with a run and --overwrite deletes it: choose one")
+    console = Console(stream)
+    config = resolve(config)
+    directory = _choose_directory(config, resume)
+    directory.require_usable(_goes_on_in(directory, resume), overwrite)
+    config = config.override({"train.out": str(directory.path)})
+    build_config(
+        config.model.preset, config.model.arch, overrides=config.model.overrides
+    )  # refuses bad sizes early
+    if config.quant.method == "bf16":
+        ensure_bf16_products()
+    found = resuming.find(resume, directory.checkpoints, console.say) if resume else None
+
+    torch.set_num_threads(config.train.threads or torch.get_num_threads())
+    corpus = prepare_corpus(config.data.spec(), cache_dir, console.say)
+    corpus.require_length(required(config.train.seq_len))
+    if found:
+        for change in resuming.require_same_run(found, config, corpus.hash):
+            console.say(f"changed since the checkpoint: {change}")
+        if found.state["step"] >= required(config.train.steps):
+            raise ConfigError(
+                f"{found.path} has all of train.steps = {config.train.steps}: ask for more --steps to go on"
+            )
+    with explain_out_of_memory(lambda: _needs(config, corpus)):
+        trainer = Trainer(config, corpus, directory, console)
+        if found:
+            trainer.restore(found)
+        return trainer.run()
+
+
+def _choose_directory(config: Config, resume: str | None) -> RunDirectory:
+    if config.train.out:
+        return RunDirectory(Path(config.train.out))
+    if resume and resume != resuming.AUTO:
+        return RunDirectory(resuming.run_directory(resume))
+    return RunDirectory(default_directory(config, resume is not None))
+
+
+def _goes_on_in(directory: RunDirectory, resume: str | None) -> bool:
+    """Whether a run that lies in the directory is the one to go on with."""
+    if resume is None or resume == resuming.AUTO:
+        return resume is not None
+    return resuming.run_directory(resume).resolve() == directory.path.resolve()
+
+
+def _needs(config: Config, corpus: Corpus) -> str:
+    """What a run needs, and what lowers it."""
+    train = config.train
+    batch, length = required(train.batch_size), required(train.seq_len)
+    checkpointing = bool(train.activation_checkpointing)
+    needed = estimate(model_config(config, corpus), config.recipe(), batch, length, checkpointing)
+    lower = [f"train.batch_size (now {batch})"] if batch > 1 else []
+    lower += [f"train.seq_len (now {length})"]
+    lower += [] if checkpointing else ["or set train.activation_checkpointing = true"]
+    return (
+        f"this run needs about {format_bytes(needed.parameters)} for weights, gradients and optimizer state "
+        f"and {format_bytes(needed.activations)} for activations; lower {', '.join(lower)}, or the preset"
+    )

@@ -1,0 +1,130 @@
+"""What a run tells while it goes: `metrics.jsonl` for programs, one live line for people.
+
+Every line is flushed as it is written, so that a killed run keeps all its reports; a flush is no fsync, which
+would cost milliseconds a step and only help when the machine dies.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+import torch
+from torch import nn
+
+from dqt.memory import format_bytes
+from dqt.tensor import QuantizedTensor
+
+QUIET_SECONDS = 10.0
+"""Seconds between lines where the output is no terminal."""
+
+
+class MetricsLog:
+    """Appends JSON objects to a file, a line each, floats that are not finite as null."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Appends one object."""
+        self._file.write(json.dumps({key: finite(value) for key, value in line.items()}) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def finite(value: Any) -> Any:
+    """The value, or None in place of NaN and Inf, which JSON has not."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Console:
+    """Lines of text, and one that is rewritten in place on a terminal.
+
+    Args:
+        stream: Where to write; None is silent.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+        self._live = stream is not None and stream.isatty()
+        self._width = 0
+        self._last = -math.inf
+
+    def say(self, text: str) -> None:
+        """Writes a line that stays."""
+        if self._stream is not None:
+            self._clear()
+            print(text, file=self._stream, flush=True)
+
+    def progress(self, text: str, last: bool = False) -> None:
+        """Rewrites the live line; where there is no terminal, a line every few seconds, and the last one."""
+        if self._stream is None:
+            return
+        if self._live:
+            self._clear()
+            self._stream.write(text)
+            self._stream.flush()
+            self._width = len(text)
+            if last:
+                self.say(text)
+        elif last or time.monotonic() - self._last >= QUIET_SECONDS:
+            self._last = time.monotonic()
+            self.say(text)
+
+    def _clear(self) -> None:
+        if self._stream is not None and self._width:
+            self._stream.write("\r" + " " * self._width + "\r")
+            self._width = 0
+
+
+def progress_text(line: Mapping[str, Any], steps: int, seconds_left: float) -> str:
+    """The live line of a training report."""
+    parts = [
+        f"step {line['step']:>{len(str(steps))}}/{steps}",
+        f"loss {line['loss']:.3f}",
+        f"lr {line['lr']:.2e}",
+        f"{line['tokens_per_second']:,.0f} tokens/s",
+        format_bytes(line["memory_bytes"]),
+    ]
+    if line.get("flip_rate") is not None:
+        parts.append(f"flips {100 * line['flip_rate']:.2f}%")
+    return "  ".join([*parts, f"{format_duration(seconds_left)} left"])
+
+
+def format_duration(seconds: float) -> str:
+    """Hours, minutes and seconds, as in "4:05" or "2:04:05"."""
+    minutes, rest = divmod(round(max(0.0, seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def code_histograms(model: nn.Module) -> dict[str, list[int]]:
+    """How often each code occurs in every low-bit weight, lowest code first."""
+    return {
+        name: _histogram(parameter)
+        for name, parameter in model.named_parameters()
+        if isinstance(parameter, QuantizedTensor)
+    }
+
+
+def _histogram(weight: QuantizedTensor) -> list[int]:
+    counts = torch.zeros(weight.format.levels, dtype=torch.int64)
+    height = max(1, 2**20 // max(1, weight.shape[-1]))  # int64 copies of a million codes at a time
+    for start in range(0, weight.rows, height):
+        levels = (
+            weight.unpack_rows(slice(start, start + height)).flatten().to(torch.int64) - weight.format.qmin
+        )
+        counts += torch.bincount(levels, minlength=weight.format.levels).cpu()
+    return counts.tolist()

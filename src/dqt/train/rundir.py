@@ -1,0 +1,160 @@
+"""A run's directory: what lies in it, and whether a new run may use it.
+
+    config.toml     the effective config        metrics.jsonl   a line per report, as it happens
+    run.json        state and summary           checkpoints/    to go on from
+    model/          the finished model          report.html, plots/
+
+`run.json` says "running", "interrupted", "failed" or "finished"; a killed run still says "running".
+Everything is refused before the first step and before anything is written, and overwriting removes only what
+a run wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dqt.errors import ConfigError, ModelError
+from dqt.train import storage
+from dqt.train.config import Config
+
+RUNS = "runs"
+RUNNING, INTERRUPTED, FAILED, FINISHED = "running", "interrupted", "failed", "finished"
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The paths in a run's directory."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The effective config."""
+        return self.path / "config.toml"
+
+    @property
+    def metrics(self) -> Path:
+        """A JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Holds `step-000123` and so on."""
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        """The finished model's directory."""
+        return self.path / "model"
+
+    @property
+    def record(self) -> Path:
+        """State and summary."""
+        return self.path / "run.json"
+
+    def read_record(self) -> dict[str, Any]:
+        """The content of `run.json`; empty if there is none.
+
+        Raises:
+            ModelError: It is damaged, or of a newer format.
+        """
+        if not self.record.is_file():
+            return {}
+        content = storage.load_json(self.record)
+        storage.check_version(self.record, content)
+        return content
+
+    def write_record(self, state: str, summary: Mapping[str, Any], **facts: Any) -> None:
+        """Replaces `run.json`."""
+        content = {
+            "format_version": storage.FORMAT_VERSION,
+            "state": state,
+            **facts,
+            "summary": dict(summary),
+        }
+        storage.write_text(self.record, storage.to_json(content))
+
+    def require_usable(self, resume: bool, overwrite: bool) -> None:
+        """Checks, without writing anything, that a run may begin (or go on) here.
+
+        Raises:
+            ConfigError: It is a file, can't be written, holds something else, or a run that would be lost.
+        """
+        existing = next(
+            each for each in (self.path.absolute(), *self.path.absolute().parents) if each.exists()
+        )
+        if not existing.is_dir():
+            raise ConfigError(f"{existing} is a file, not a directory: choose another --out")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise ConfigError(f"{existing} can't be written: choose another --out, or change its permissions")
+        if not self.path.is_dir() or not any(self.path.iterdir()) or overwrite:
+            return
+        if not self.record.is_file():
+            raise ConfigError(f"{self.path} holds other files and no run: choose another --out")
+        if resume:
+            return
+        state = self.read_record().get("state")
+        if state == FINISHED:
+            raise ConfigError(
+                f"{self.path} holds a finished run: choose another --out, or replace it by --overwrite"
+            )
+        raise ConfigError(
+            f"{self.path} holds a run that is {state}: "
+            "go on with --resume auto, or start anew with --overwrite"
+        )
+
+    def clear(self) -> None:
+        """Removes what a run wrote, and nothing else."""
+        for name in ("checkpoints", "model", "plots"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for name in ("metrics.jsonl", "run.json", "config.toml", "report.html"):
+            (self.path / name).unlink(missing_ok=True)
+
+    def create(self) -> None:
+        """Makes the directory.
+
+        Raises:
+            ModelError: The system refuses.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ModelError(f"{self.path} can't be made: {error.strerror}; choose another --out") from error
+
+    def keep_metrics_until(self, step: int) -> None:
+        """Drops the lines of later steps, which a run that goes on from `step` will write again."""
+        if not self.metrics.is_file():
+            return
+        kept = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                break  # a line that a killed process did not finish
+        storage.write_text(self.metrics, "".join(kept))
+
+
+def run_name(config: Config) -> str:
+    """A short name for what a resolved config trains: "tiny-ternary-residual"."""
+    parts = [config.model.preset, *([config.model.arch] if config.model.arch != "llama" else [])]
+    parts += [config.quant.bits] if config.quant.bits else []
+    return "-".join([*parts, str(config.quant.method)])
+
+
+def default_directory(config: Config, resume: bool) -> Path:
+    """`runs/NAME`, or `runs/NAME-2` and so on where it is taken; to resume, the newest if not finished."""
+    base = Path(RUNS) / run_name(config)
+    newest, candidate, number = None, base, 1
+    while candidate.exists():
+        number += 1
+        newest, candidate = candidate, base.with_name(f"{base.name}-{number}")
+    if resume and newest and RunDirectory(newest).read_record().get("state") != FINISHED:
+        return newest
+    return candidate

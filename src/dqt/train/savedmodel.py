@@ -1,0 +1,171 @@
+"""The finished model's directory: what `sample`, `eval` and `inspect` read.
+
+    model/
+        config.json                          transformers' own, for the architecture
+        generation_config.json               transformers' own
+        tokenizer.json, tokenizer_config.json
+        model.safetensors                    weight.codes and weight.scale of low-bit weights, floats of the
+        others dqt.json                             how to rebuild the low-bit weights, the recipe, the run's
+        summary manifest.json                        size and SHA-256 of the others
+
+The weights are in the format they were trained in, so that nothing is lost or gained by saving; other
+runtimes need an export. A model is rebuilt from its class and the list of its low-bit tensors, not from a
+pickled object.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from dqt.baselines import bitnet_
+from dqt.data.tokenizer import TextTokenizer, load_tokenizer
+from dqt.errors import DqtError, ModelError
+from dqt.models import build_model
+from dqt.nn import set_quantized_weight
+from dqt.numerics.formats import parse_bits
+from dqt.numerics.packing import packed_size
+from dqt.quantize import QuantizeReport
+from dqt.recipes import Recipe
+from dqt.tensor import Products, QuantizedTensor
+from dqt.train import storage
+from dqt.train.checkpoint import versions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MODEL, INFO = "model.safetensors", "dqt.json"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def save_model(
+    target: Path,
+    model: PreTrainedModel,
+    tokenizer_dir: Path,
+    recipe: Recipe,
+    report: QuantizeReport,
+    summary: Mapping[str, Any],
+) -> None:
+    """Writes a model's directory, whole or not at all; an old one is replaced.
+
+    Args:
+        target: The directory.
+        model: A model as it was trained.
+        tokenizer_dir: Where its tokenizer lies.
+        recipe: How it was trained.
+        report: What `prepare_model_` returned.
+        summary: JSON-able facts of the run: losses, data, seed.
+
+    Raises:
+        ModelError: If it can't be written.
+    """
+    info = {
+        "format_version": storage.FORMAT_VERSION,
+        "method": recipe.method,
+        "bits": recipe.bits,
+        "recipe": asdict(recipe),
+        "tensors": _describe(model, report),
+        "versions": versions(),
+        "summary": dict(summary),
+    }
+    with storage.staged_directory(target) as staging:
+        model.config.save_pretrained(staging)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(staging)
+        for name in _TOKENIZER_FILES:
+            if (tokenizer_dir / name).is_file():
+                shutil.copyfile(tokenizer_dir / name, staging / name)
+        storage.save_tensors(staging / MODEL, storage.without_aliases(model.state_dict())[0])
+        (staging / INFO).write_text(storage.to_json(info), encoding="utf-8")
+
+
+def load_model(directory: str | Path) -> tuple[PreTrainedModel, TextTokenizer, dict[str, Any]]:
+    """Reads a directory that `save_model` wrote, or the run's directory that holds it as `model`.
+
+    Returns:
+        The model, in evaluation mode, its tokenizer, and the content of `dqt.json`.
+
+    Raises:
+        ModelError: If it is missing, damaged, of a newer format, or its tokenizer does not fit.
+    """
+    path = Path(directory)
+    if not (path / INFO).is_file() and (path / "model" / INFO).is_file():
+        path = path / "model"
+    if not (path / INFO).is_file():
+        raise ModelError(
+            f"{directory} holds no model ({INFO} is missing): give a finished run, or its model/"
+        )
+    info = storage.load_json(path / INFO)
+    storage.check_version(path / INFO, info)
+    storage.verify(path)
+    try:
+        tokenizer = load_tokenizer(path)
+    except DqtError as error:
+        raise ModelError(f"the tokenizer of {path} can't be used: {error}") from error
+    model = _rebuild(path, info)
+    rows = model.config.vocab_size
+    if tokenizer.vocab_size > rows:
+        raise ModelError(
+            f"the tokenizer of {path} does not fit the model: it has {tokenizer.vocab_size} tokens, "
+            f"the model {rows}; put the tokenizer that it was trained with back"
+        )
+    storage.load_model_tensors(model, path / MODEL)
+    return model.eval(), tokenizer, info
+
+
+def _describe(model: nn.Module, report: QuantizeReport) -> dict[str, dict[str, Any]]:
+    """What rebuilding needs of every low-bit tensor, by its first name."""
+    rules = {entry.name: entry.scale_rule for entry in report.converted}
+    return {
+        name: {
+            "bits": parameter.format.name,
+            "shape": list(parameter.shape),
+            "scale": list(parameter.scale.shape),
+            "scale_rule": rules.get(name),
+            "products": asdict(parameter.products),
+        }
+        for name, parameter in model.named_parameters()
+        if isinstance(parameter, QuantizedTensor)
+    }
+
+
+def _rebuild(path: Path, info: Mapping[str, Any]) -> PreTrainedModel:
+    """A model of the right class, shapes and formats, whose values are still arbitrary."""
+    from transformers import AutoConfig
+
+    try:
+        model = build_model(AutoConfig.from_pretrained(path, local_files_only=True), seed=0)
+    except DqtError:
+        raise
+    except Exception as error:  # whatever transformers makes of a config that it can't read
+        raise ModelError(f"{path / 'config.json'} makes no model: {error}") from error
+    try:
+        if info["method"] == "bitnet":
+            bitnet_(model)
+        for name, entry in info["tensors"].items():
+            _make_low_bit(model, name, entry)
+    except (KeyError, TypeError, AttributeError, ValueError, DqtError) as error:
+        raise ModelError(f"{path / INFO} does not fit the model: {error!r}") from error
+    return model
+
+
+def _make_low_bit(model: nn.Module, name: str, entry: Mapping[str, Any]) -> None:
+    """Gives every module that holds this parameter a low-bit weight of the format it was saved in."""
+    module_name, _, attribute = name.rpartition(".")
+    old = model.get_submodule(module_name).weight
+    if attribute != "weight" or not isinstance(old, nn.Parameter) or list(old.shape) != list(entry["shape"]):
+        raise ModelError(f"{name} has no weight of shape {entry['shape']}")
+    format = parse_bits(entry["bits"])
+    codes = torch.zeros(*old.shape[:-1], packed_size(old.shape[-1], format.bits), dtype=torch.uint8)
+    scale = torch.ones(entry["scale"], dtype=torch.float32)
+    products = Products(**entry["products"])
+    weight = nn.Parameter(QuantizedTensor(codes, scale, format, old.shape, old.dtype, products))
+    for module in model.modules():
+        if getattr(module, "weight", None) is old:
+            set_quantized_weight(module, weight)

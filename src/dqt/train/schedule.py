@@ -1,0 +1,50 @@
+"""Learning rate schedules as one pure function of the step, so that a resumed run has nothing to restore.
+
+All begin with a linear warm-up. Then `cosine` and `linear` fall over the rest of the run; `wsd` (warm-up,
+stable, decay) stays at the peak and falls linearly over the last `decay_fraction` of all steps. The first
+update already has a rate above zero (1/warmup of the peak), and the last has the final one.
+"""
+
+from __future__ import annotations
+
+import math
+
+from dqt.errors import ConfigError, did_you_mean
+
+SCHEDULES = ("cosine", "linear", "wsd")
+
+
+def lr_factor(
+    step: int,
+    total: int,
+    warmup: int = 0,
+    kind: str = "cosine",
+    final: float = 0.0,
+    decay_fraction: float = 0.2,
+) -> float:
+    """The learning rate of a step as a fraction of the peak.
+
+    Args:
+        step: 1 for the first update, `total` for the last; beyond it the final rate holds.
+        total: Updates in the run.
+        warmup: Updates of linear warm-up; where it exceeds `total`, the peak is never reached.
+        kind: "cosine", "linear" or "wsd".
+        final: Fraction of the peak at the last update.
+        decay_fraction: Share of `total` that decays, for "wsd".
+
+    Returns:
+        A number in [0, 1].
+
+    Raises:
+        ConfigError: If there is no such schedule.
+    """
+    if kind not in SCHEDULES:
+        raise ConfigError(f"unknown schedule {kind!r}; {did_you_mean(kind, SCHEDULES)}")
+    if step < warmup:
+        return step / warmup
+    start = max(warmup, 1)
+    if kind == "wsd":
+        start = max(start, total - math.ceil(total * decay_fraction))
+    progress = min(1.0, max(0, step - start) / max(1, total - start))
+    shape = 0.5 * (1.0 + math.cos(math.pi * progress)) if kind == "cosine" else 1.0 - progress
+    return final + (1.0 - final) * shape
