@@ -1,9 +1,10 @@
 """BitNet b1.58 (arXiv 2402.17764), the baseline with a float master copy.
 
-Weights stay float32 parameters that an ordinary optimizer trains. Each forward pass quantizes them to ternary,
-scale = mean|w|, codes = clamp(round(w / scale), -1, 1), and the inputs per token to int8; the backward pass takes both
-roundings for the identity (straight through). This is quantization-aware training: 16 bytes a weight with AdamW, and
-float products, as in the published code. FP32 and BF16 need no code of their own.
+Weights stay float32 parameters that an ordinary optimizer trains. Each forward pass quantizes them to
+ternary, scale = mean|w|, codes = clamp(round(w / scale), -1, 1), and the inputs per token to int8; the
+backward pass takes both roundings for the identity (straight through). This is quantization-aware training:
+16 bytes a weight with AdamW, and float products, as in the published code. FP32 and BF16 need no code of
+their own.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class _StraightThrough(torch.autograd.Function):
         return quantized
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
@@ -37,7 +38,7 @@ def ternarize(weight: Tensor) -> Tensor:
 
 
 class BitLinear(nn.Linear):
-    """`nn.Linear` with a float master weight, computed in ternary with int8 inputs, gradients straight through."""
+    """`nn.Linear` with a float master weight, ternary with int8 inputs forward, straight through backward."""
 
     def forward(self, input: Tensor) -> Tensor:
         with torch.no_grad():

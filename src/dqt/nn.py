@@ -6,9 +6,9 @@ The three products of a linear layer, with per-token int8 activations as in the 
     dx = s_g s_w (g_q W_q)               g = dy, times a per-row s_w if there is one, quantized per token
     dW = s_n (n_qᵀ x_q)                  n = dy * s_x, quantized per output column
 
-Only the int8 x_q and s_x are kept for the backward pass, a quarter of what a float layer keeps; folding s_x into dy
-saves quantizing x a second time. Integer gradients cost no loss (1.917 against 1.918 nats at 8 bits). Each product
-can be float instead, see `Products`; the float layer is the reference in the tests.
+Only the int8 x_q and s_x are kept for the backward pass, a quarter of what a float layer keeps; folding s_x
+into dy saves quantizing x a second time. Integer gradients cost no loss (1.917 against 1.918 nats at 8 bits).
+Each product can be float instead, see `Products`; the float layer is the reference in the tests.
 
 A converted module stays the `nn.Linear` or `nn.Embedding` that it was; only its weight changes.
 """
@@ -38,6 +38,7 @@ class _QuantizedLinear(torch.autograd.Function):
         ctx.weight, ctx.x_dtype = weight, x.dtype
         if products.forward == "float":
             return x @ weight.dequantize().to(x.dtype).T
+        assert x_scale is not None
         codes, scale = weight.product_codes()
         product = ops.int_mm(x_q, codes.T)
         if scale.ndim == 0:
@@ -45,8 +46,8 @@ class _QuantizedLinear(torch.autograd.Function):
         return ops.scale_product(product, x_scale, scale.flatten()).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
-        x_q, x_scale, codes, _ = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x_q, x_scale, *_ = ctx.saved_tensors
         weight: QuantizedTensor = ctx.weight
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
@@ -88,8 +89,7 @@ def quantized_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) 
     """
     if not isinstance(weight, QuantizedTensor) or isinstance(input, QuantizedTensor):
         with torch._C.DisableTorchFunctionSubclass():
-            plain = [t.dequantize() if isinstance(t, QuantizedTensor) else t for t in (input, weight, bias)]
-            return F.linear(*plain)
+            return F.linear(input, weight, bias)  # reads float copies
     device = input.device.type
     if torch.is_autocast_enabled(device):
         input = input.to(torch.get_autocast_dtype(device))
@@ -113,7 +113,7 @@ class _QuantizedEmbedding(torch.autograd.Function):
         return rows[position].view(*index.shape, weight.shape[1]).to(weight.dtype)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor, None]:
         (index,) = ctx.saved_tensors
         rows, columns = ctx.shape
         grad = torch.ops.aten.embedding_dense_backward(
@@ -134,11 +134,13 @@ def quantized_embedding(
 ) -> Tensor:
     """`F.embedding` for a `QuantizedTensor` weight [vocabulary, width]; its gradient is dense."""
     if max_norm is not None or scale_grad_by_freq or sparse:
-        raise NotImplementedError("a quantized embedding has no max_norm, scale_grad_by_freq or sparse gradient")
+        raise NotImplementedError(
+            "a quantized embedding has no max_norm, scale_grad_by_freq or sparse gradient"
+        )
     return _QuantizedEmbedding.apply(input, weight, -1 if padding_idx is None else padding_idx)
 
 
-# -- state dicts: plain tensors, never the subclass --------------------------------------------------------------------
+# -- state dicts: plain tensors, never the subclass ----------------------------------------------------------
 
 
 def _save_plain_tensors(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -160,24 +162,29 @@ def _load_plain_tensors(
     unexpected: list[str],
     errors: list[str],
 ) -> None:
-    """Copies codes and scale into the weight, in place; problems go to `errors`, as for an ordinary module."""
+    """Copies codes and scale into the weight, in place; problems go to `errors`, as torch's do."""
     weight = module.weight
     if not isinstance(weight, QuantizedTensor):
         return
     name = prefix + "weight"
     if name in state and not isinstance(state[name], QuantizedTensor):
-        errors.append(f"{name} is a float tensor, but the model's is {weight.format} codes: quantize after loading.")
+        errors.append(
+            f"{name} is a float tensor, but the model's is {weight.format} codes: quantize after loading."
+        )
         state[name] = weight
         return
     codes, scale = state.pop(name + ".codes", None), state.pop(name + ".scale", None)
     state[name] = weight  # what Module._load_from_state_dict finds and copies onto itself
     if codes is None or scale is None:
-        missing += [key for key, value in ((name + ".codes", codes), (name + ".scale", scale)) if value is None]
+        missing += [
+            key for key, value in ((name + ".codes", codes), (name + ".scale", scale)) if value is None
+        ]
         return
     for key, new, old in ((".codes", codes, weight.codes), (".scale", scale, weight.scale)):
         if new.shape != old.shape or new.dtype != old.dtype:
             errors.append(
-                f"{name}{key} is {new.dtype} {tuple(new.shape)}, the model's is {old.dtype} {tuple(old.shape)}."
+                f"{name}{key} is {new.dtype} {tuple(new.shape)}, "
+                f"the model's is {old.dtype} {tuple(old.shape)}."
             )
             return
     loaded = QuantizedTensor(codes, scale, weight.format, weight.shape)
@@ -196,7 +203,7 @@ def _load_plain_tensors(
 
 
 def set_quantized_weight(module: nn.Module, weight: nn.Parameter) -> None:
-    """Gives a module a `QuantizedTensor` parameter as its `weight`, and the hooks that keep its state dict plain."""
+    """Gives a module a `QuantizedTensor` as its `weight`, and the hooks that keep its state dict plain."""
     already = isinstance(module.weight, QuantizedTensor)
     module.weight = weight
     if not already:

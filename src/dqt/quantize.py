@@ -1,9 +1,9 @@
-"""`quantize_`: swaps the weights of a model's modules for `QuantizedTensor`s, in place, by rules on their names.
+"""`quantize_`: swaps weights of a model for `QuantizedTensor`s, in place, by rules on the modules' names.
 
-Without rules every `nn.Linear` is converted except the output head; embeddings, head and norms stay float, because
-quantizing them costs 0.25 nats at ternary. A rule names modules by a glob pattern and decides for all that it
-matches, embeddings and norm gains included; the last rule that matches wins. What was left, and why, is in the
-report; a rule that matched nothing is a warning.
+Without rules every `nn.Linear` is converted except the output head; embeddings, head and norms stay float,
+because quantizing them costs 0.25 nats at ternary. A rule names modules by a glob pattern and decides for all
+that it matches, embeddings and norm gains included; the last rule that matches wins. What was left, and why,
+is in the report; a rule that matched nothing is a warning.
 """
 
 from __future__ import annotations
@@ -78,12 +78,12 @@ def quantize_(
     Args:
         model: Any module; it is changed, its modules keep their classes.
         bits: "ternary", or 1 to 8, for every `nn.Linear` but the output head.
-        rules: Glob pattern on module names ("*.mlp.*", "lm_head") to bits, or to None to leave float. The last
-            matching rule wins, over the defaults too, and applies to embeddings and norm gains as well.
+        rules: Glob pattern on module names ("*.mlp.*", "lm_head") to bits, or to None to leave float. The
+            last matching rule wins, over the defaults too, and applies to embeddings and norm gains as well.
         scale_rule: "gaussian", "absmean", "absmax"; by default the one of the format.
         per_row: One scale a row instead of one a tensor.
-        products: Which products are integer. An output head that a rule converts gets float products, because its
-            input is not quantized in the paper either.
+        products: Which products are integer. An output head that a rule converts gets float products, because
+            its input is not quantized in the paper either.
 
     Returns:
         What was converted, what was left and why, and which rules matched nothing (also a warning).
@@ -93,7 +93,9 @@ def quantize_(
         DqtError: If a weight holds NaN or Inf.
     """
     default = parse_bits(bits)
-    patterns = {pattern: None if rule is None else parse_bits(rule) for pattern, rule in (rules or {}).items()}
+    patterns = {
+        pattern: None if rule is None else parse_bits(rule) for pattern, rule in (rules or {}).items()
+    }
     report = QuantizeReport()
     head_weights = {id(head.weight) for head in output_heads(model)}
     unmatched = set(patterns)
@@ -109,21 +111,26 @@ def quantize_(
             report.left.append(Left(full_name, shape, weight.nbytes, reason))
             continue
         rule = scale_rule or default_scale_rule(target)
-        quantized = _quantize(full_name, weight, target, rule, per_row, FLOAT_PRODUCTS if is_head else products)
+        quantized = _quantize(
+            full_name, weight, target, rule, per_row, FLOAT_PRODUCTS if is_head else products
+        )
         parameter = nn.Parameter(quantized, requires_grad=weight.requires_grad)
         for module in sharing.values():
             set_quantized_weight(module, parameter)
         report.converted.append(Converted(full_name, target, shape, rule, quantized.nbytes_stored()))
 
-    report.left += _unreachable(model, {entry.name for entry in (*report.converted, *report.left)})
+    known = {entry.name for entry in report.converted} | {entry.name for entry in report.left}
+    report.left += _unreachable(model, known)
     report.unmatched_rules = sorted(unmatched)
     if unmatched:
-        warnings.warn(f"quantize_: rules that matched no module: {', '.join(sorted(unmatched))}", stacklevel=2)
+        warnings.warn(
+            f"quantize_: rules that matched no module: {', '.join(sorted(unmatched))}", stacklevel=2
+        )
     return report
 
 
 def _weights(model: nn.Module) -> list[tuple[nn.Parameter, dict[str, nn.Module]]]:
-    """Every module's `weight` once, with the modules that share it by name: tied weights are decided together."""
+    """Every module's `weight` once, with the modules that share it by name: ties are decided together."""
     found: dict[int, tuple[nn.Parameter, dict[str, nn.Module]]] = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
@@ -151,8 +158,8 @@ def _decide(
         target = patterns[matching[-1]]
         if target is not None and not convertible:
             raise ConfigError(
-                f"rule {matching[-1]!r} asks for {target} bits on a {type(other[0]).__name__}, which can't be "
-                "converted (only nn.Linear, nn.Embedding and norm gains): exclude it with a later rule of None"
+                f"rule {matching[-1]!r} asks for {target} bits on a {type(other[0]).__name__}, which can't "
+                "be converted (only nn.Linear, nn.Embedding and norm gains): exclude it with a rule of None"
             )
         return target, f"rule {matching[-1]!r}"
     if is_head:
@@ -167,7 +174,7 @@ def _decide(
 
 
 def output_heads(model: nn.Module) -> set[nn.Module]:
-    """Linear modules that are the model's output head: transformers' own, a known name, or tied to an embedding."""
+    """The model's output head: transformers' own, a linear of a known name, or one tied to an embedding."""
     heads = set()
     if callable(getattr(model, "get_output_embeddings", None)):
         head = model.get_output_embeddings()  # type: ignore[operator]
@@ -191,17 +198,20 @@ def _quantize(
     name: str, weight: Tensor, format: Format, scale_rule: str, per_row: bool, products: Products
 ) -> QuantizedTensor:
     if not weight.detach().isfinite().all():
-        raise ConfigError(f"{name} holds NaN or Inf and can't be quantized: load or initialize the model again")
+        raise ConfigError(
+            f"{name} holds NaN or Inf and can't be quantized: load or initialize the model again"
+        )
     scale = compute_scale(weight, format, scale_rule, per_row)
     if not (scale > 0).all():
-        # A layer initialized with zeros has no spread to take a scale from: use nn.Linear's usual 1/sqrt(3 * in).
+        # A layer initialized with zeros has no spread to take a scale from: use nn.Linear's usual
+        # 1/sqrt(3 * in).
         spread = torch.full((1, 1), (3 * max(1, weight.shape[-1])) ** -0.5, device=weight.device)
         scale = torch.where(scale > 0, scale, compute_scale(spread, format, scale_rule))
     return QuantizedTensor.from_float(weight, scale, format, products)
 
 
 def _unreachable(model: nn.Module, known: set[str]) -> list[Left]:
-    """Matrices that are not the `weight` of a module, such as 3-D expert weights: named, not skipped in silence."""
+    """Matrices that are no module's `weight`, such as 3-D expert weights: named, not skipped in silence."""
     return [
         Left(name, tuple(parameter.shape), parameter.nbytes, "not the weight of an nn.Linear")
         for name, parameter in model.named_parameters()

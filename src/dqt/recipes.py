@@ -6,9 +6,9 @@
     fp32, bf16  full precision; bf16 is autocast over float32 weights, as people train
     bitnet      BitNet b1.58: float32 master weights, ternary in the forward pass
 
-Unless a method is given, it is strict at 5 bits and more, where strict training is as good as FP32, and residual
-below, where its rounding noise shows and grows with the run (4-bit strict 1.612 against 1.554 with a residual).
-Each default below stands with the measurement that chose it.
+Unless a method is given, it is strict at 5 bits and more, where strict training is as good as FP32, and
+residual below, where its rounding noise shows and grows with the run (4-bit strict 1.612 against 1.554 with a
+residual). Each default below stands with the measurement that chose it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import nn
 from dqt.baselines import bitnet_
 from dqt.errors import ConfigError, did_you_mean
 from dqt.numerics.formats import parse_bits
+from dqt.numerics.rounding import ROUNDINGS
 from dqt.numerics.scales import SCALE_RULES, default_scale_rule
 from dqt.optim import AdamW, PaperAdamW
 from dqt.optim.base import QuantizedOptimizer
@@ -50,8 +51,8 @@ class Recipe:
         betas: Moment decay of low-bit weights; a first one of 0 keeps no first moment.
         float_betas: Moment decay of float parameters.
         eps: Of the optimizer.
-        weight_decay: Decoupled, on low-bit weights (on everything for `paper`), and on the float matrices of the
-            float methods.
+        weight_decay: Decoupled, on low-bit weights (on everything for `paper`), and on the float matrices of
+            the float methods.
         scale_rule: How the grid step is set at the start.
         per_row: One scale a row.
         residual_bits: k, 0 is strict.
@@ -84,17 +85,24 @@ class Recipe:
             raise ConfigError(f"unknown method {self.method!r}; {did_you_mean(self.method, METHODS)}")
         check_residual(self.residual_bits, self.hysteresis)
         if self.method == "strict" and self.residual_bits:
-            raise ConfigError(f"method strict keeps no residual: residual_bits={self.residual_bits} needs method residual")
-        if self.method == "residual" and not self.residual_bits:
-            raise ConfigError("method residual needs residual_bits of 2 to 8 or 16; with 0 it is method strict")
-        if self.method == "paper" and self.bits == "1":
-            raise ConfigError("method paper has no 1-bit format (its grid contains zero): use bits ternary, or method strict")
-        if self.second_moment not in SECOND_MOMENTS:
             raise ConfigError(
-                f"unknown second_moment {self.second_moment!r}; {did_you_mean(self.second_moment, SECOND_MOMENTS)}"
+                f"method strict keeps no residual: residual_bits={self.residual_bits} needs method residual"
             )
-        if self.scale_rule is not None and self.scale_rule not in SCALE_RULES:
-            raise ConfigError(f"unknown scale_rule {self.scale_rule!r}; {did_you_mean(self.scale_rule, SCALE_RULES)}")
+        if self.method == "residual" and not self.residual_bits:
+            raise ConfigError(
+                "method residual needs residual_bits of 2 to 8 or 16; with 0 it is method strict"
+            )
+        if self.method == "paper" and self.bits == "1":
+            raise ConfigError(
+                "method paper has no 1-bit format, its grid contains zero: use bits ternary, or method strict"
+            )
+        for key, names in (
+            ("second_moment", SECOND_MOMENTS),
+            ("scale_rule", (None, *SCALE_RULES)),
+            ("rounding", ROUNDINGS),
+        ):
+            if (value := getattr(self, key)) not in names:
+                raise ConfigError(f"unknown {key} {value!r}; {did_you_mean(value, filter(None, names))}")
 
     @property
     def quantized(self) -> bool:
@@ -118,7 +126,9 @@ def recipe_for(method: str | None = None, bits: str | int | None = None, **overr
     if method in FLOAT_METHODS:
         allowed = (None, "ternary") if method == "bitnet" else (None,)
         if bits not in allowed:
-            raise ConfigError(f"method {method} has no --bits {bits}: leave bits out, or use method strict or residual")
+            raise ConfigError(
+                f"method {method} has no --bits {bits}: leave bits out, or use method strict or residual"
+            )
         return replace(_FLOAT_RECIPES[method], **overrides)
     fmt = parse_bits("ternary" if bits is None else bits)
     method = method or ("strict" if fmt.bits >= 5 else "residual")
@@ -169,7 +179,9 @@ _LOW_BIT_RECIPES = {"strict": _strict, "residual": _residual, "paper": _paper}
 _FLOAT_RECIPES = {method: Recipe(method=method, bits=None, lr=2e-3) for method in FLOAT_METHODS}
 
 
-def prepare_model_(model: nn.Module, recipe: Recipe, rules: Mapping[str, Rule] | None = None) -> QuantizeReport:
+def prepare_model_(
+    model: nn.Module, recipe: Recipe, rules: Mapping[str, Rule] | None = None
+) -> QuantizeReport:
     """Puts a recipe's weights into a model, in place.
 
     Args:
@@ -203,7 +215,7 @@ def prepare_model_(model: nn.Module, recipe: Recipe, rules: Mapping[str, Rule] |
 def build_optimizer(
     model: nn.Module, recipe: Recipe, lr: float | None = None, seed: int = 0
 ) -> QuantizedOptimizer:
-    """The optimizer of a recipe: one group of low-bit weights, one of float matrices, one of vectors (not decayed)."""
+    """The optimizer of a recipe, in groups: low-bit weights, float matrices, vectors (not decayed)."""
     lr = recipe.lr if lr is None else lr
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if recipe.method == "paper":
@@ -212,7 +224,7 @@ def build_optimizer(
     matrices = [(n, p) for n, p in named if not isinstance(p, QuantizedTensor) and p.ndim >= 2]
     vectors = [(n, p) for n, p in named if not isinstance(p, QuantizedTensor) and p.ndim < 2]
     plain = {"betas": recipe.float_betas, "second_moment": "full"}
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": low_bit},
         {"params": matrices, **plain, "weight_decay": 0.0 if recipe.quantized else recipe.weight_decay},
         {"params": vectors, **plain, "weight_decay": 0.0},

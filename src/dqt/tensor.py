@@ -1,16 +1,16 @@
 """`QuantizedTensor`: a weight that is packed integers and a scale, and looks like a float tensor to autograd.
 
-It is a wrapper subclass with a float dtype, so that autograd, parameter groups, hooks and FSDP2 see an ordinary leaf
-whose gradient is an ordinary float tensor. Inside are two plain tensors and nothing else: `codes` (packed `uint8`)
-and `scale` (`float32`).
+It is a wrapper subclass with a float dtype, so that autograd, parameter groups, hooks and FSDP2 see an
+ordinary leaf whose gradient is an ordinary float tensor. Inside are two plain tensors and nothing else:
+`codes` (packed `uint8`) and `scale` (`float32`).
 
 Two choices and their cost:
 
-- Nothing is ever rounded by a dispatched operation. An in-place write of floats (`weight.add_`, `weight.copy_`,
-  `nn.init`) is an error; the optimizer rounds, explicitly, through `write_codes`. So optimizers that do not know
-  the class fail loudly instead of training something else.
-- An operation that has no integer form reads the weight through `dequantize()`: right, but a float copy for as long
-  as the operation lives. `F.linear` and `F.embedding` have integer forms, in `dqt.nn`.
+- Nothing is ever rounded by a dispatched operation. An in-place write of floats (`weight.add_`,
+  `weight.copy_`, `nn.init`) is an error; the optimizer rounds, explicitly, through `write_codes`. So
+  optimizers that do not know the class fail loudly instead of training something else.
+- An operation that has no integer form reads the weight through `dequantize()`: right, but a float copy for
+  as long as the operation lives. `F.linear` and `F.embedding` have integer forms, in `dqt.nn`.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class QuantizedTensor(torch.Tensor):
         format: Format,
         shape: torch.Size | tuple[int, ...],
         dtype: torch.dtype = torch.float32,
-        products: Products = Products(),  # noqa: B008  frozen
+        products: Products = Products(),
     ) -> QuantizedTensor:
         expected = (*shape[:-1], packed_size(shape[-1], format.bits))
         if codes.dtype != torch.uint8 or tuple(codes.shape) != expected:
@@ -119,10 +119,11 @@ class QuantizedTensor(torch.Tensor):
         *leading, columns = weight.shape
         rows = weight.detach().float().reshape(math.prod(leading), columns)
         codes = (rows / scale + (format.offset + 0.5)).floor_().clamp_(format.qmin, format.qmax)
-        packed = ops.pack(codes.to(torch.int16), format.bits).view(*leading, packed_size(columns, format.bits))
+        packed = ops.pack(codes.to(torch.int16), format.bits)
+        packed = packed.view(*leading, packed_size(columns, format.bits))
         return cls(packed, scale, format, weight.shape, weight.dtype, products or Products())
 
-    # -- reading ---------------------------------------------------------------------------------------------------
+    # -- reading ---------------------------------------------------------------------------------------------
 
     @property
     def rows(self) -> int:
@@ -139,13 +140,13 @@ class QuantizedTensor(torch.Tensor):
         return self.unpack_rows().view(self.shape)
 
     def product_codes(self) -> tuple[Tensor, Tensor]:
-        """What integer products take: `int8` codes without an offset [rows, columns], and the scale that fits them."""
+        """What integer products take: `int8` codes without an offset [rows, columns], and their scale."""
         codes = self.unpack_rows()
         if self.format.offset:
             codes = codes * 2 - 1  # binary: {0, 1} -> {-1, 1}, half a scale apart from zero
         return codes, self.scale / self.format.product_factor
 
-    def dequantize(self) -> Tensor:  # type: ignore[override]
+    def dequantize(self) -> Tensor:
         """A float copy of the weight, in its dtype and logical shape; not differentiable."""
         with torch.no_grad():
             values = self.unpack_rows().float()
@@ -157,7 +158,7 @@ class QuantizedTensor(torch.Tensor):
         """Bytes that codes and scale really take."""
         return self.codes.nbytes + self.scale.nbytes
 
-    # -- writing ---------------------------------------------------------------------------------------------------
+    # -- writing ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def write_codes(self, codes: Tensor, rows: slice = slice(None)) -> None:
@@ -173,13 +174,13 @@ class QuantizedTensor(torch.Tensor):
         torch.autograd.graph.increment_version(self)
 
     def check_codes(self) -> None:
-        """Raises `ValueError` if a stored code is none of the format's (ternary leaves one pattern unused)."""
+        """Raises `ValueError` if a code is none of the format's (ternary leaves one pattern unused)."""
         if self.format.levels < 2**self.format.bits and self.numel():
             codes = self.unpack_rows()
             if codes.amin() < self.format.qmin or codes.amax() > self.format.qmax:
                 raise ValueError(f"codes outside of the {self.format} format")
 
-    # -- torch protocols -------------------------------------------------------------------------------------------
+    # -- torch protocols -------------------------------------------------------------------------------------
 
     def _with(self, codes: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> QuantizedTensor:
         return QuantizedTensor(codes, scale, self.format, self.shape, dtype or self.dtype, self.products)
@@ -194,10 +195,11 @@ class QuantizedTensor(torch.Tensor):
         format, dtype, products = context
         return QuantizedTensor(inner["codes"], inner["scale"], format, size, dtype, products)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return (
-            f"QuantizedTensor(shape={tuple(self.shape)}, bits={self.format}, scale={tuple(self.scale.shape)}, "
-            f"dtype={self.dtype}, device={self.device}, requires_grad={self.requires_grad})"
+            f"QuantizedTensor(shape={tuple(self.shape)}, bits={self.format}, "
+            f"scale={tuple(self.scale.shape)}, dtype={self.dtype}, device={self.device}, "
+            f"requires_grad={self.requires_grad})"
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -215,14 +217,16 @@ class QuantizedTensor(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
-        self = args[0] if args else None
+        self: Any = args[0] if args else None
         if func is aten.detach.default:  # nn.Parameter(...), .data, autograd
             return self._with(self.codes, self.scale)
         if func is aten.clone.default:  # copy.deepcopy
             return self._with(self.codes.clone(), self.scale.clone())
-        if func is aten._to_copy.default:  # module.to(device), .half(), .bfloat16(): the float dtype is the wrapper's
+        if func is aten._to_copy.default:  # module.to(device), .half(): a dtype is the wrapper's alone
             device = kwargs.get("device")
             moved = (self.codes.to(device, copy=True), self.scale.to(device, copy=True))
             return self._with(*moved, dtype=kwargs.get("dtype"))
@@ -241,7 +245,7 @@ class QuantizedTensor(torch.Tensor):
 
 
 def _written_arguments(func: Any, args: Any, kwargs: Any) -> Iterator[Any]:
-    """What an operation writes to: `self` of add_, `out=`, every tensor in the lists of the _foreach operations."""
+    """What an operation writes to: `self` of add_, `out=`, every tensor in the lists of _foreach_add_."""
     if func._schema.is_mutable:
         for i, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:

@@ -1,9 +1,9 @@
 """The low-bit number formats: which integers a weight can be, and how many bits each takes.
 
 A weight is `(code - offset) * scale`: neighbours lie exactly one `scale` apart in every format, so rounding,
-write-back and telemetry need no special cases. Only binary has an offset: its codes {0, 1} stand for the values
-±1/2. All others are two's complement integers. Ternary is stored in 2 bits of which one pattern (-2) is unused:
-5 codes a byte would save 0.4 bits and cost a division by 3 for every weight read.
+write-back and telemetry need no special cases. Only binary has an offset: its codes {0, 1} stand for the
+values ±1/2. All others are two's complement integers. Ternary is stored in 2 bits of which one pattern (-2)
+is unused: 5 codes a byte would save 0.4 bits and cost a division by 3 for every weight read.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Format:
 
     @property
     def product_factor(self) -> int:
-        """Integer products use `product_factor * (code - offset)`, the smallest multiple that is an integer."""
+        """Integer products use `product_factor * (code - offset)`, the least multiple that is an integer."""
         return 2 if self.offset else 1
 
     def __str__(self) -> str:

@@ -1,9 +1,9 @@
 """Packing of n-bit integers into bytes, along the last dimension, each row starting on a byte.
 
-A row is a little-endian bit stream: the value i takes the bits [i*n, (i+1)*n). Widths that divide 8 never cross a
-byte, so they pack in `uint8` arithmetic and unpack by looking a byte up in a table of 256 entries (768 x 2048 at
-2 bits: 1 ms against 5 ms with shifts). The others (3, 5, 6, 7) go through 64-bit words of eight values each.
-The last byte of a row is filled with zero bits.
+A row is a little-endian bit stream: the value i takes the bits [i*n, (i+1)*n). Widths that divide 8 never
+cross a byte, so they pack in `uint8` arithmetic and unpack by looking a byte up in a table of 256 entries
+(768 x 2048 at 2 bits: 1 ms against 5 ms with shifts). The others (3, 5, 6, 7) go through 64-bit words of
+eight values each. The last byte of a row is filled with zero bits.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """Philox4x32-10, a counter-based random generator (Salmon et al., SC 2011), in plain tensor operations.
 
-Every random number is a pure function of (seed, purpose, stream, step, element index), so results do not depend on
-the order of the parameters, on threads, or on how a tensor is sharded, and the random state of a run is just
-(seed, step). The layout of the counter, the same in every backend:
+Every random number is a pure function of (seed, purpose, stream, step, element index), so results do not
+depend on the order of the parameters, on threads, or on how a tensor is sharded, and the random state of a
+run is just (seed, step). The layout of the counter, the same in every backend:
 
     key = (seed, purpose)        c0 = element index // 4, lane = element index % 4
     c1  = step                   (c2, c3) = 64-bit stream, the hash of a parameter's name
 
-The cost of a reference in eager `int64` arithmetic: about 15 ns a number, which bounds the reference write-back.
+The cost of a reference in eager `int64` arithmetic: about 15 ns a number, which bounds the reference
+write-back.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
-        # The products have 64 bits and wrap in int64; shifting and masking gives the unsigned halves all the same.
+        # The products have 64 bits and wrap in int64; shifting and masking gives the unsigned halves all the
+        # same.
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1 = ((product1 >> 32) & _MASK) ^ c1 ^ k0, product1 & _MASK
         c2, c3 = ((product0 >> 32) & _MASK) ^ c3 ^ k1, product0 & _MASK

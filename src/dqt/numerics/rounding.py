@@ -1,13 +1,13 @@
 """Rounding of displacements on an integer grid.
 
-Only the displacement is rounded, never the float sum of a position and a displacement: at code 100 a float32 sum
-loses everything below 4e-6, and `floor(x + rand)` moves values that lie exactly on the grid (+3.9e-6 a step, always
-upwards). With d in grid steps and r a uniform 32-bit number,
+Only the displacement is rounded, never the float sum of a position and a displacement: at code 100 a float32
+sum loses everything below 4e-6, and `floor(x + rand)` moves values that lie exactly on the grid (+3.9e-6 a
+step, always upwards). With d in grid steps and r a uniform 32-bit number,
 
     move = sign(d) * (floor|d| + [r < floor(2**32 * frac|d|)])
 
-so the bias is below 2**-32, a zero displacement never moves anything, and every operation is exact in float32:
-frac has at most 24 significant bits, and a power of two times it loses none.
+so the bias is below 2**-32, a zero displacement never moves anything, and every operation is exact in
+float32: frac has at most 24 significant bits, and a power of two times it loses none.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def stochastic_rounding(displacement: Tensor, random: Tensor | None, word_bits: 
     assert random is not None, "stochastic rounding needs random words"
     magnitude = displacement.abs().clamp_(max=MAX_MOVE)
     whole = magnitude.floor()
-    threshold = ((magnitude - whole) * float(2**word_bits)).to(torch.int64)  # the cast truncates, so it is a floor
+    # The cast truncates, so it is a floor.
+    threshold = ((magnitude - whole) * float(2**word_bits)).to(torch.int64)
     steps = whole.to(torch.int32) + (random < threshold)
     return torch.where(displacement < 0, -steps, steps)
 

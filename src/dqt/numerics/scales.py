@@ -1,14 +1,14 @@
 """Scale rules: how long a grid step is for given float weights.
 
-The scale is set once and stays frozen through training: recomputing an absmax each step pushes every weight off its
-grid and adds up to scale**2 / 4 of noise a step. It is rounded to a float16 value, because the export formats store
-float16 scales, so that an exported weight is exactly the trained one.
+The scale is set once and stays frozen through training: recomputing an absmax each step pushes every weight
+off its grid and adds up to scale**2 / 4 of noise a step. It is rounded to a float16 value, because the export
+formats store float16 scales, so that an exported weight is exactly the trained one.
 
     gaussian   the mean-square-optimal step for normally distributed weights (default for 2 to 8 bits)
     absmean    mean|w| for ternary as in BitNet b1.58, 2*mean|w| for binary (default for both);
                mean|w| / qmax for other widths
     absmax     max|w| reaches the end of the grid: nothing is clipped
-    paper      mean|w| / qmax, the initial scale of the published code (arXiv 2412.04787); never rounded to float16
+    paper      mean|w| / qmax, the initial scale of the published code (arXiv 2412.04787); not rounded
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from torch import Tensor
 from dqt.errors import ConfigError, did_you_mean
 from dqt.numerics.formats import Format
 
-# Step / sigma that minimizes the mean square error of rounding a Gaussian to a symmetric grid of n bits (Max, 1960).
-# On the two's complement grid its error is within 0.7 % of the least one, at 2 bits, and nearer above: see
-# `tests/test_scales.py`. Ternary and binary have it too, for who asks for `gaussian` there.
+# Step / sigma that minimizes the mean square error of rounding a Gaussian to a symmetric grid of n bits (Max,
+# 1960). On the two's complement grid its error is within 0.7 % of the least one, at 2 bits, and nearer above:
+# see `tests/test_scales.py`. Ternary and binary have it too, for who asks for `gaussian` there.
 GAUSSIAN_STEP = {
     "1": 1.596,
     "ternary": 1.224,
@@ -73,7 +73,8 @@ def compute_scale(weight: Tensor, fmt: Format, rule: str, per_row: bool = False)
         per_row: One scale a row, instead of one for the tensor.
 
     Returns:
-        `float32` tensor: [] or [rows, 1], values of float16 (except for `paper`). Zero where all weights are zero.
+        `float32` tensor: [] or [rows, 1], values of float16 (except for `paper`). Zero where all weights are
+        zero.
 
     Raises:
         ConfigError: If the rule is unknown.

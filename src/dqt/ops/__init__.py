@@ -1,7 +1,7 @@
 """The operations that training spends its time in, each by the fastest backend that can take its tensors.
 
-`reference` is the specification, in plain PyTorch, and runs anywhere. `cpu` has kernels that equal it bit for bit.
-`products` has the exact integer matrix products. Callers use the functions here.
+`reference` is the specification, in plain PyTorch, and runs anywhere. `cpu` has kernels that equal it bit for
+bit. `products` has the exact integer matrix products. Callers use the functions here.
 """
 
 from __future__ import annotations

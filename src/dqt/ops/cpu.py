@@ -1,9 +1,10 @@
 """The CPU kernels: a small C++ library called through `ctypes`, bit for bit equal to `dqt.ops.reference`.
 
-The library is built by `pip install` where there is a C++ compiler (see CMakeLists.txt); without it everything runs
-on the reference, five to fifty times slower in these operations. It holds the same kernels for AVX512, AVX2 and
-portable C++ and takes the best one that the CPU has; the environment variable DQT_ISA forces one (avx512, avx2,
-portable, or reference for none). ctypes costs about 5 µs a call, and keeps the library free of torch's ABI.
+The library is built by `pip install` where there is a C++ compiler (see CMakeLists.txt); without it
+everything runs on the reference, five to fifty times slower in these operations. It holds the same kernels
+for AVX512, AVX2 and portable C++ and takes the best one that the CPU has; the environment variable DQT_ISA
+forces one (avx512, avx2, portable, or reference for none). ctypes costs about 5 µs a call, and keeps the
+library free of torch's ABI.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ def library() -> ctypes.CDLL | None:
     path = library_path()
     if forced == "reference" or path is None:
         if forced in ISAS:
-            raise ConfigError(f"DQT_ISA={forced}, but dqt was installed without its CPU kernels; see `dqt doctor`")
+            raise ConfigError(
+                f"DQT_ISA={forced}, but dqt was installed without its CPU kernels; see `dqt doctor`"
+            )
         return None
     try:
         lib = ctypes.CDLL(str(path))

@@ -4,9 +4,9 @@ What goes wrong without the guards (each has a test):
 
 - Without AVX512-VNNI `_int_mm` is a naive loop, 35 times slower than a float32 product. There we take float32
   products over chunks of 1,024 along the inner dimension, which are exact: 128 * 128 * 1024 = 2**24.
-- A dimension of size 1 whose stride is 0 (an expanded tensor, or the transpose of one) gives wrong numbers silently.
-- int32 wraps from an inner dimension of 131,072 at full range; longer ones are refused, because the sum does not
-  fit into the result either.
+- A dimension of size 1 whose stride is 0 (an expanded tensor, or its transpose) gives wrong numbers silently.
+- int32 wraps from an inner dimension of 131,072 at full range; longer ones are refused, because the sum does
+  not fit into the result either.
 - CUDA wants more than 16 rows and inner and outer sizes in multiples of 8. Never run: no GPU was at hand.
 """
 

@@ -1,8 +1,9 @@
 """The operations in plain PyTorch: the specification of every faster kernel, bit for bit, on any device.
 
-Symmetric absmax to [-127, 127], rounding half to even: scale = absmax / 127, q = rint(x * (127 / absmax)), all in
-float32, one IEEE division a row. A row with NaN or Inf gets a NaN scale and zero codes, so that the error reaches
-the loss (where it is reported) instead of a float-to-integer cast (where NaN silently becomes 0).
+Symmetric absmax to [-127, 127], rounding half to even: scale = absmax / 127, q = rint(x * (127 / absmax)),
+all in float32, one IEEE division a row. A row with NaN or Inf gets a NaN scale and zero codes, so that the
+error reaches the loss (where it is reported) instead of a float-to-integer cast (where NaN silently becomes
+0).
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def quantize_columns(x: Tensor, row_factor: Tensor | None = None) -> tuple[Tenso
         row_factor: `float32` [rows], or None for 1.
 
     Returns:
-        `int8` codes [rows, columns] and `float32` scale [columns], so that the product is about codes * scale.
+        `int8` codes [rows, columns] and `float32` scale [columns], so that the product is about
+        codes * scale.
     """
     return _quantize(x if row_factor is None else x.float() * row_factor[:, None], dim=0)
 
@@ -61,10 +63,10 @@ COLUMN_ROWS = 64
 
 
 def mean_squares(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean squares of rows and of columns, summed in a fixed order, so that every backend gives the same bits.
+    """Mean squares of rows and columns, summed in a fixed order, so that every backend gives the same bits.
 
-    A row is summed in 16 interleaved lanes, whose halves are then added (8, 4, 2, 1); a column row by row in blocks
-    of 64 rows, then block by block.
+    A row is summed in 16 interleaved lanes, whose halves are then added (8, 4, 2, 1); a column row by row in
+    blocks of 64 rows, then block by block.
 
     Args:
         x: `float32` [rows, columns], neither zero.
@@ -102,5 +104,7 @@ def _quantize(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         x = torch.where(finite, x, 0.0)
     scale = torch.where(finite, absmax / INT8_MAX, torch.nan)
     # A tensor divided by a tensor: `127.0 / absmax` would be torch's reciprocal times 127, rounded twice.
-    inverse = torch.where(finite & (absmax > SMALLEST_ABSMAX), torch.full_like(absmax, INT8_MAX) / absmax, 0.0)
+    inverse = torch.where(
+        finite & (absmax > SMALLEST_ABSMAX), torch.full_like(absmax, INT8_MAX) / absmax, 0.0
+    )
     return (x * inverse).round_().to(torch.int8), scale.squeeze(dim)

@@ -3,9 +3,9 @@
     m = b1 m + (1 - b1) g            v = b2 v + (1 - b2) g²
     direction = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
-(arXiv 1711.05101, algorithm 2.) Without a first moment (b1 = 0) and with a factored second moment a weight has no
-float state at all. Float parameters in the same optimizer follow the same rule, and equal `torch.optim.AdamW` to
-rounding.
+(arXiv 1711.05101, algorithm 2.) Without a first moment (b1 = 0) and with a factored second moment a weight
+has no float state at all. Float parameters in the same optimizer follow the same rule, and equal
+`torch.optim.AdamW` to rounding.
 """
 
 from __future__ import annotations
@@ -44,12 +44,13 @@ class AdamW(QuantizedOptimizer):
         eps: Added to the root of the second moment.
         weight_decay: Decoupled weight decay.
         seed: Of all random rounding, in [0, 2**32).
-        residual_bits: Remainder kept for each weight: 0 is strict, 2 to 8 or 16 bits residual, "auto" 8 bits below
-            5-bit weights and 0 from there on.
-        hysteresis: How far beyond a cell's boundary a weight with a residual moves before its code changes, in grid
-            steps.
+        residual_bits: Remainder kept for each weight: 0 is strict, 2 to 8 or 16 bits residual, "auto" 8 bits
+            below 5-bit weights and 0 from there on.
+        hysteresis: How far beyond a cell's boundary a weight with a residual moves before its code changes,
+            in grid steps.
         second_moment: "full", or "factored" for matrices.
-        rounding: "stochastic", or "nearest" (which changes no code in strict low-bit training; for comparisons).
+        rounding: "stochastic", or "nearest" (which changes no code in strict low-bit training; for
+            comparisons).
 
     Raises:
         ConfigError: If parameters are unnamed, or a setting makes no sense.

@@ -1,7 +1,7 @@
-"""What every optimizer here shares: named parameters, checks, random streams, and state that loads as it was saved.
+"""What every optimizer here shares: named parameters, checks, random streams, and state that loads as saved.
 
-A subclass is an update rule. It sees a parameter as a matrix and returns an update direction for a few rows at a
-time; low-bit weights take it through the shared write-back, float parameters by the ordinary rule.
+A subclass is an update rule. It sees a parameter as a matrix and returns an update direction for a few rows
+at a time; low-bit weights take it through the shared write-back, float parameters by the ordinary rule.
 
 Parameters must be named, because a weight's random numbers are keyed by its name: neither the order of the
 parameters nor the number of processes changes a result.
@@ -19,7 +19,6 @@ from dqt.errors import ConfigError, NonFiniteError, did_you_mean
 from dqt.numerics import philox
 from dqt.numerics.rounding import ROUNDINGS
 from dqt.optim.writeback import (
-    DEFAULT_HYSTERESIS,
     WriteBackStats,
     check_residual,
     default_residual_bits,
@@ -29,7 +28,7 @@ from dqt.optim.writeback import (
 from dqt.tensor import QuantizedTensor
 
 BLOCK_ELEMENTS = 2**16
-"""Elements a write-back handles at a time: its int64 temporaries of half a MB each stay in a core's L2 cache."""
+"""Elements a write-back handles at a time: its int64 temporaries of half a MB stay in a core's L2 cache."""
 
 
 class QuantizedOptimizer(torch.optim.Optimizer):
@@ -43,19 +42,27 @@ class QuantizedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; refuses unnamed parameters, name collisions and settings that make no sense."""
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        if "param_names" not in group:
+        try:
+            self._check_names()
+            self._check_group(self.param_groups[-1])
+        except ConfigError:
             self.param_groups.pop()
+            raise
+
+    def _check_names(self) -> None:
+        if "param_names" not in self.param_groups[-1]:
             raise ConfigError(
                 "parameters must be named, because the random rounding of a weight is keyed by its name: "
                 "pass model.named_parameters(), or [(name, parameter), ...] as a group's params"
             )
-        self._check_group(group)
         seen: dict[int, str] = {}
-        for name in (name for each in self.param_groups for name in each["param_names"]):
-            other = seen.setdefault(philox.stream_of(name), name)
-            if other is not name:
-                raise ConfigError(f"parameters {other!r} and {name!r} have the same random stream: rename one")
+        for name in (name for group in self.param_groups for name in group["param_names"]):
+            stream = philox.stream_of(name)
+            if stream in seen:
+                raise ConfigError(
+                    f"parameters {seen[stream]!r} and {name!r} have the same random stream: rename one"
+                )
+            seen[stream] = name
 
     def _check_group(self, group: dict[str, Any]) -> None:
         if not 0.0 <= group["lr"] < float("inf"):
@@ -68,10 +75,9 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             raise ConfigError(
                 f"unknown rounding {group['rounding']!r}; {did_you_mean(group['rounding'], ROUNDINGS)}"
             )
-        if group["residual_bits"] != "auto":
-            check_residual(group["residual_bits"], group["hysteresis"])
+        check_residual(0 if group["residual_bits"] == "auto" else group["residual_bits"], group["hysteresis"])
 
-    # -- one step --------------------------------------------------------------------------------------------------
+    # -- one step --------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -102,14 +108,15 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                     yield name, parameter, group
 
     def _check_gradients(self) -> None:
-        named = [(name, parameter.grad) for name, parameter, _ in self._with_gradient()]
-        # A sum is NaN or Inf if an element is; where it only overflows, the exact check clears the tensor.
-        for name, grad in named:
-            if not grad.sum().isfinite() and not grad.isfinite().all():
+        for name, parameter, _ in self._with_gradient():
+            grad = parameter.grad
+            # A norm is not finite if an element is not, or where a square overflows, which Adam divides by.
+            if grad is not None and not torch.linalg.vector_norm(grad).isfinite():
                 bad = int((~grad.isfinite()).sum())
+                what = f"{bad} NaN or Inf of {grad.numel()} elements" if bad else "values too large to square"
                 raise NonFiniteError(
-                    f"the gradient of {name} holds {bad} NaN or Inf of {grad.numel()} elements; no parameter was "
-                    "changed. Lower the learning rate, or look at the batch"
+                    f"the gradient of {name} holds {what}; no parameter was changed. "
+                    "Lower the learning rate, or look at the batch"
                 )
 
     def _step_quantized(
@@ -164,7 +171,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             weight.device,
         ).view(-1, columns)
 
-    # -- the update rule, written by subclasses ----------------------------------------------------------------------
+    # -- the update rule, written by subclasses --------------------------------------------------------------
 
     def begin(
         self, grad: Tensor, state: dict[str, Any], group: dict[str, Any], shape: torch.Size
@@ -197,10 +204,10 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         factors: tuple[Tensor, Tensor] | None,
         residual_bits: int,
     ) -> bool:
-        """Does direction and write-back in one kernel, with the same result, if there is one for this case."""
+        """Does direction and write-back in one kernel, with the same result, if it can take this case."""
         return False
 
-    # -- telemetry and state -----------------------------------------------------------------------------------------
+    # -- telemetry and state ---------------------------------------------------------------------------------
 
     def telemetry(self) -> dict[str, float | None]:
         """Flip rate, shares of saturated and zero codes, and residual spread of the last step."""

@@ -1,7 +1,7 @@
 """Adam's direction, the write-back and the packing in one pass over a weight, by the CPU kernel.
 
-The kernel keeps a segment of 512 weights in the first-level cache from the gradient to the packed code, where the
-reference makes some thirty passes. Its result is bit for bit that of `AdamW.direction` and `write_back`.
+The kernel keeps a segment of 512 weights in the first-level cache from the gradient to the packed code, where
+the reference makes some thirty passes. Its result is bit for bit that of `AdamW.direction` and `write_back`.
 """
 
 from __future__ import annotations

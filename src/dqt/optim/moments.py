@@ -2,11 +2,13 @@
 
     first moment    none (beta1 = 0), or an exponential average in float32
     second moment   "full": an exponential average of squares in float32, 4 bytes a weight
-                    "factored": averages of the rows' and columns' mean squares, about nothing a weight, from which
-                    v = row * column / mean(row) (Adafactor, arXiv 1804.04235, eq. 4). Measured: no loss.
+                    "factored": averages of the rows' and columns' mean squares, about nothing a weight, from
+                    which v = row * column / mean(row) (Adafactor, arXiv 1804.04235, eq. 4). Measured: no
+                    loss.
 
-State tensors live in the optimizer's `state[parameter]` under torch's names where torch has them. A gradient is seen
-as a matrix [rows, columns] and read a few rows at a time, so that temporaries stay small and in cache.
+State tensors live in the optimizer's `state[parameter]` under torch's names where torch has them. A gradient
+is seen as a matrix [rows, columns] and read a few rows at a time, so that temporaries stay small and in
+cache.
 """
 
 from __future__ import annotations
@@ -52,14 +54,14 @@ def update_factors(state: dict[str, Any], grad: Tensor, beta2: float) -> tuple[T
     return row / mean.clamp_min(torch.finfo(torch.float32).tiny), column
 
 
-# The products and sums below are separate operations on purpose: torch's lerp_, addcmul_ and add_(alpha=) fuse them
-# on some CPUs, and the kernels must give the same bits everywhere.
+# The products and sums below are separate operations on purpose: torch's lerp_, addcmul_ and add_(alpha=)
+# fuse them on some CPUs, and the kernels must give the same bits everywhere.
 
 
 def second_moment_rows(
     state: dict[str, Any], factors: tuple[Tensor, Tensor] | None, grad: Tensor, rows: slice, beta2: float
 ) -> Tensor:
-    """Second moment of some rows, brought up to date with their `grad` [rows, columns] if it is a full one."""
+    """Second moment of some rows, a full one brought up to date with their `grad` [rows, columns]."""
     if factors is not None:
         return factors[0][rows, None] * factors[1]
     return state["exp_avg_sq"][rows].mul_(beta2).add_((grad * grad).mul_(1 - beta2))
@@ -73,7 +75,7 @@ def first_moment_rows(state: dict[str, Any], grad: Tensor, rows: slice, beta1: f
 def exact_sqrt(x: Tensor) -> Tensor:
     """The correctly rounded root of `float32` numbers.
 
-    torch's own is not, where it calls MKL (0.7 % of the results are one unit off); through float64 it is, because no
-    float32 number has a root that close to the middle of two others.
+    torch's own is not, where it calls MKL (0.7 % of the results are one unit off); through float64 it is,
+    because no float32 number has a root that close to the middle of two others.
     """
     return x.double().sqrt_().float()

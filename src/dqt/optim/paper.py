@@ -1,8 +1,8 @@
 """The published optimizer step of Direct Quantized Training (arXiv 2412.04787), in packed storage.
 
-It is kept apart from the shared write-back because it differs in every part: AdamW with the old eps rule, a scale
-that is recomputed at each step from the signed maximum, and a value that is rounded rather than a displacement, so
-that a weight moves whenever the scale does:
+It is kept apart from the shared write-back because it differs in every part: AdamW with the old eps rule, a
+scale that is recomputed at each step from the signed maximum, and a value that is rounded rather than a
+displacement, so that a weight moves whenever the scale does:
 
     m, v as in Adam;   step_size = lr * sqrt(1 - b2^t) / (1 - b1^t)
     w'     = w - step_size * m / (sqrt(v) + eps)          eps before bias correction
@@ -59,7 +59,7 @@ class PaperAdamW(AdamW):
             if not isinstance(parameter, QuantizedTensor) or parameter.format.offset or parameter.scale.ndim:
                 raise ConfigError(
                     f"{name} is not on a grid of 2 bits or more with one scale: the paper's recipe quantizes "
-                    "every parameter, so use dqt.quantize_(model, bits, rules={'*': bits}, scale_rule='paper')"
+                    "every parameter, so use dqt.quantize_(model, rules={'*': bits}, scale_rule='paper')"
                 )
 
     def _step_quantized(
@@ -72,8 +72,8 @@ class PaperAdamW(AdamW):
         top = max(int(weight.unpack_rows(rows).max()) for rows in row_blocks(weight))
         if top <= 0:
             raise DqtError(
-                f"{name} has no positive weight left at step {state['step']}, so the paper's scale, taken from the "
-                "signed maximum, is undefined: lower the learning rate, or use another method"
+                f"{name} has no positive weight left at step {state['step']}, so the paper's scale, taken "
+                "from the signed maximum, is undefined: lower the learning rate, or use another method"
             )
         new_scale = weight.scale * top / fmt.qmax
         beta1, beta2 = group["betas"]
@@ -95,7 +95,8 @@ class PaperAdamW(AdamW):
 
 
 def round_value(value: Tensor, random: Tensor | None) -> Tensor:
-    """Stochastic rounding of a value: up with the probability of its fraction. `random`: `int64` 32-bit words."""
+    """Stochastic rounding of a value: up with the probability of its fraction. `random`: 32-bit words."""
+    assert random is not None, "stochastic rounding needs random words"
     low = value.floor()
     threshold = ((value - low) * 2.0**32).to(torch.int64)
     return low + (random < threshold)

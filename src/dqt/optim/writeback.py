@@ -1,23 +1,23 @@
 """The write-back: how a float update direction changes integer weights. Every optimizer shares it.
 
-With `unit` = 1 (strict, residual_bits k = 0) or 2**(k-1) (residual), a weight is one integer, its position on a grid
-of scale / unit steps, counted from the bottom of the format's range:
+With `unit` = 1 (strict, residual_bits k = 0) or 2**(k-1) (residual), a weight is one integer, its position on
+a grid of scale / unit steps, counted from the bottom of the format's range:
 
     position  = level * unit + residual                       level = code - qmin
     move      = SR(-(value * lr * decay + lr * direction / scale) * unit)     value = weight / scale, in steps
     position' = clip(position + move, 0, (levels - 1) * unit)
 
-Only the move is rounded, so the sum is exact and nothing on the grid moves by itself. In strict training the new
-position is the new code. In residual training the code stays unless the position has left its cell by more than
-`hysteresis` h, which stops a weight from flickering at a boundary:
+Only the move is rounded, so the sum is exact and nothing on the grid moves by itself. In strict training the
+new position is the new code. In residual training the code stays unless the position has left its cell by
+more than `hysteresis` h, which stops a weight from flickering at a boundary:
 
     level'    = level                    where |position' - level * unit| <= (1/2 + h) * unit
                 nearest(position'/unit)  elsewhere
     residual' = position' - level' * unit
 
 so that level and residual together are one (n+k)-bit number that is updated in place; there is no float copy.
-This equals the form "y = codes + residual - update; codes' = nearest(y) outside of the hysteresis; residual' =
-SR(y - codes')" but for the order of rounding and comparison, and is exact in integers.
+This equals the form "y = codes + residual - update; codes' = nearest(y) outside of the hysteresis; residual'
+= SR(y - codes')" but for the order of rounding and comparison, and is exact in integers.
 
 Measured (ternary, 0.6M tokens): k = 8: 1.865 nats, k = 6: 1.911, k = 4: 2.083; h = 0: 1.881, 0.056: 1.865,
 0.12: 1.866, 0.25: 1.895.
@@ -137,7 +137,8 @@ def write_back(
         position += read_residual(residual[rows], residual_bits, weight.shape[-1])
 
     scale = weight.scale[rows] if weight.scale.ndim else weight.scale
-    # Two tensors, because a number divided by a tensor would be torch's reciprocal times the number, rounded twice.
+    # Two tensors, because a number divided by a tensor would be torch's reciprocal times the number, rounded
+    # twice.
     displacement = direction * (torch.full_like(scale, lr * unit) / scale)
     if weight_decay:
         bottom = (fmt.qmin - fmt.offset) * unit

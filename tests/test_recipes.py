@@ -1,0 +1,166 @@
+"""Recipes: the default method of each bit width, what goes together, and which parameters get which rule."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dqt.errors import ConfigError
+from dqt.numerics.formats import FORMATS
+from dqt.optim import AdamW, PaperAdamW
+from dqt.recipes import METHODS, Recipe, autocast, build_optimizer, prepare_model_, recipe_for
+from dqt.tensor import QuantizedTensor
+
+
+class Toy(nn.Module):
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(13, 8)
+        self.up = nn.Linear(8, 12, bias=bias)
+        self.norm = nn.RMSNorm(12)
+        self.lm_head = nn.Linear(12, 13, bias=False)
+
+
+# bits -> method unless one is given, residual bits, scale rule
+DEFAULTS = [
+    (None, "residual", 8, "absmean"),
+    ("ternary", "residual", 8, "absmean"),
+    ("1", "residual", 8, "absmean"),
+    (1, "residual", 8, "absmean"),
+    (2, "residual", 8, "gaussian"),
+    (3, "residual", 8, "gaussian"),
+    (4, "residual", 8, "gaussian"),
+    (5, "strict", 0, "gaussian"),
+    ("6", "strict", 0, "gaussian"),
+    (7, "strict", 0, "gaussian"),
+    (8, "strict", 0, "gaussian"),
+]
+
+
+@pytest.mark.parametrize(("bits", "method", "residual_bits", "scale_rule"), DEFAULTS)
+def test_defaults(bits: str | int | None, method: str, residual_bits: int, scale_rule: str) -> None:
+    recipe = recipe_for(None, bits)
+    assert (recipe.method, recipe.residual_bits, recipe.scale_rule) == (method, residual_bits, scale_rule)
+    assert recipe.bits == ("ternary" if bits is None else str(bits))
+    assert recipe.quantized
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_a_recipe_for_its_bits(method: str) -> None:
+    bits_of_method = [None] if method in ("fp32", "bf16", "bitnet") else [*FORMATS]
+    for bits in bits_of_method:
+        if (method, bits) == ("paper", "1"):
+            continue  # refused, see test_paper.py
+        recipe = recipe_for(method, bits)
+        assert (recipe.method, recipe.bits) == (method, bits)
+        assert recipe.quantized is (method in ("strict", "residual", "paper"))
+        assert recipe.lr > 0
+        assert recipe == recipe_for(method, bits)
+        assert dataclasses.replace(recipe, lr=0.1) == recipe_for(method, bits, lr=0.1)
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"method": "strikt"}, "did you mean 'strict'"),
+    ({"method": "paper "}, "did you mean 'paper'"),
+    ({"bits": 9}, "unknown bits 9"),
+    ({"method": "strict", "bits": "tern"}, "did you mean 'ternary'"),
+    ({"method": "fp32", "bits": 8}, "method fp32 has no --bits 8"),
+    ({"method": "bf16", "bits": "ternary"}, "method bf16 has no --bits ternary"),
+    ({"method": "bitnet", "bits": 4}, "method bitnet has no --bits 4"),
+    ({"method": "strict", "bits": 4, "residual_bits": 8}, "residual_bits=8 needs method residual"),
+    ({"method": "residual", "bits": 4, "residual_bits": 0}, "with 0 it is method strict"),
+    ({"method": "residual", "residual_bits": 9}, "residual_bits=9 is not one of"),
+    ({"method": "residual", "hysteresis": 0.5}, "hysteresis=0.5 must be in"),
+    ({"second_moment": "factord"}, "did you mean 'factored'"),
+    ({"scale_rule": "absmeen"}, "did you mean 'absmean'"),
+    ({"rounding": "neerest"}, "did you mean 'nearest'"),
+    ({"method": "paper", "bits": 1}, "use bits ternary, or method strict"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED)
+def test_refusals(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        recipe_for(**arguments)
+
+
+def test_a_recipe_is_checked_however_it_is_made() -> None:
+    with pytest.raises(ConfigError, match="unknown method"):
+        Recipe(method="adam", bits=None, lr=1.0)
+    with pytest.raises(ConfigError):
+        dataclasses.replace(recipe_for("residual", 4), residual_bits=1)
+
+
+def test_bitnet_takes_the_name_of_its_format() -> None:
+    assert recipe_for("bitnet", "ternary") == recipe_for("bitnet")
+
+
+# method, bits, rules -> formats of the weights
+PREPARED: list[tuple[str, Any, Any, dict[str, str]]] = [
+    ("strict", 8, None, {"up.weight": "8"}),
+    ("residual", "ternary", {"embed": 8}, {"up.weight": "ternary", "embed.weight": "8"}),
+    ("residual", 4, {"*": None}, {}),
+    ("paper", 4, None, dict.fromkeys(("embed.weight", "up.weight", "norm.weight", "lm_head.weight"), "4")),
+    ("fp32", None, None, {}),
+    ("bf16", None, None, {}),
+    ("bitnet", None, None, {}),
+]
+
+
+@pytest.mark.parametrize(("method", "bits", "rules", "expected"), PREPARED)
+def test_prepare_model(method: str, bits: Any, rules: Any, expected: dict[str, str]) -> None:
+    model = Toy(bias=False)
+    recipe = recipe_for(method, bits)
+    report = prepare_model_(model, recipe, rules)
+    formats = {n: str(p.format) for n, p in model.named_parameters() if isinstance(p, QuantizedTensor)}
+    assert formats == expected == {entry.name: str(entry.format) for entry in report.converted}
+    assert all(entry.scale_rule == recipe.scale_rule for entry in report.converted)
+    optimizer = build_optimizer(model, recipe)
+    assert type(optimizer) is (PaperAdamW if method == "paper" else AdamW)
+    named = [name for group in optimizer.param_groups for name in group["param_names"]]
+    assert sorted(named) == sorted(name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("method", ["paper", "fp32", "bf16", "bitnet"])
+def test_methods_without_rules_refuse_them(method: str) -> None:
+    with pytest.raises(ConfigError, match=f"method {method} takes no rules"):
+        prepare_model_(Toy(), recipe_for(method), {"embed": 8})
+
+
+def test_each_kind_of_parameter_gets_its_own_rule() -> None:
+    model = Toy()
+    model.lm_head.requires_grad_(False)
+    recipe = recipe_for(
+        "residual", 4, weight_decay=0.1, betas=(0.0, 0.9), float_betas=(0.8, 0.95), second_moment="factored"
+    )
+    prepare_model_(model, recipe)
+    optimizer = build_optimizer(model, recipe, lr=0.5, seed=3)
+    settings = {
+        tuple(g["param_names"]): (g["betas"], g["weight_decay"], g["second_moment"])
+        for g in optimizer.param_groups
+    }
+    assert settings == {
+        ("up.weight",): ((0.0, 0.9), 0.1, "factored"),
+        ("embed.weight",): ((0.8, 0.95), 0.0, "full"),
+        ("up.bias", "norm.weight"): ((0.8, 0.95), 0.0, "full"),
+    }
+    assert all((g["lr"], g["seed"], g["residual_bits"]) == (0.5, 3, 8) for g in optimizer.param_groups)
+
+
+def test_float_methods_decay_matrices_and_not_vectors() -> None:
+    recipe = recipe_for("fp32", weight_decay=0.1)
+    optimizer = build_optimizer(Toy(), recipe)
+    decay = {tuple(group["param_names"]): group["weight_decay"] for group in optimizer.param_groups}
+    assert decay == {("embed.weight", "up.weight", "lm_head.weight"): 0.1, ("up.bias", "norm.weight"): 0.0}
+    assert all(group["lr"] == recipe.lr for group in optimizer.param_groups)
+
+
+def test_autocast_is_for_bf16_only() -> None:
+    for method in METHODS:
+        context = autocast(recipe_for(method), "cpu")
+        assert isinstance(context, torch.autocast if method == "bf16" else contextlib.nullcontext)
