@@ -25,6 +25,7 @@ import dqt
 from dqt.errors import ConfigError, DqtError
 from dqt.numerics import philox
 from dqt.optim import PaperAdamW
+from dqt.optim.paper import round_value
 from dqt.recipes import build_optimizer, prepare_model_, recipe_for
 from dqt.tensor import QuantizedTensor
 
@@ -232,6 +233,15 @@ def test_the_scale_follows_the_signed_maximum() -> None:
     # 3 * 7 / 3 = 7; -8 * 7 / 3 is clamped, though it was the largest in size.
     assert weight.unpack()[2, 3] == 7
     assert (weight.unpack() == -8).sum() == 47
+
+
+def test_a_value_is_rounded_up_with_the_probability_of_its_fraction() -> None:
+    """And never off the grid: 0 of the 2**32 words move a whole number, and floor(2**32 * fraction) another one."""
+    values = torch.tensor([-8.0, -1.0, 0.0, 7.0, -2.25, 0.5, 3.75])
+    ups = torch.tensor([0.0, 0, 0, 0, 0.75, 0.5, 0.75]) * 2**32
+    for word in (0, 2**30, 2**31 - 1, 2**31, 3 * 2**30 - 1, 3 * 2**30, 2**32 - 1):
+        rounded = round_value(values, torch.full((7,), word))
+        assert torch.equal(rounded, values.floor() + (word < ups))
 
 
 def test_no_positive_weight_left_is_an_error_with_the_name() -> None:

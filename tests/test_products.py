@@ -45,13 +45,13 @@ def test_both_products_equal_int64(rows: int, inner: int, columns: int, layout_a
         assert torch.equal(result.long(), exact)
 
 
-@pytest.mark.parametrize("value", [-128, 127])
+@pytest.mark.parametrize(("left", "right"), [(-128, -128), (-128, 127), (127, 127)])
 @pytest.mark.parametrize("inner", [1023, 1024, 1025, 5000, MAX_INNER])
-def test_extremes_over_long_inner_dimensions(value: int, inner: int) -> None:
-    a = torch.full((2, inner), -128, dtype=torch.int8)
-    b = torch.full((inner, 3), value, dtype=torch.int8)
+def test_extremes_over_long_inner_dimensions(left: int, right: int, inner: int) -> None:
+    a = torch.full((2, inner), left, dtype=torch.int8)
+    b = torch.full((inner, 3), right, dtype=torch.int8)
     for product in (int_mm, int_mm_by_float):
-        assert (product(a, b) == -128 * value * inner).all()
+        assert (product(a, b) == left * right * inner).all()
 
 
 def test_an_inner_dimension_that_could_overflow_is_refused() -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from dqt.errors import ConfigError
 from dqt.numerics.formats import FORMATS
+from dqt.numerics.scales import default_scale_rule
 from dqt.optim import AdamW, PaperAdamW
 from dqt.recipes import METHODS, Recipe, autocast, build_optimizer, prepare_model_, recipe_for
 from dqt.tensor import QuantizedTensor
@@ -26,26 +27,17 @@ class Toy(nn.Module):
         self.lm_head = nn.Linear(12, 13, bias=False)
 
 
-# bits -> method unless one is given, residual bits, scale rule
-DEFAULTS = [
-    (None, "residual", 8, "absmean"),
-    ("ternary", "residual", 8, "absmean"),
-    ("1", "residual", 8, "absmean"),
-    (1, "residual", 8, "absmean"),
-    (2, "residual", 8, "gaussian"),
-    (3, "residual", 8, "gaussian"),
-    (4, "residual", 8, "gaussian"),
-    (5, "strict", 0, "gaussian"),
-    ("6", "strict", 0, "gaussian"),
-    (7, "strict", 0, "gaussian"),
-    (8, "strict", 0, "gaussian"),
+# bits -> method unless one is given, residual bits
+DEFAULTS: list[tuple[str | int | None, str, int]] = [
+    *((bits, "residual", 8) for bits in (None, "ternary", "1", 1, "2", 2, 3, 4)),
+    *((bits, "strict", 0) for bits in (5, "6", 7, "8", 8)),
 ]
 
 
-@pytest.mark.parametrize(("bits", "method", "residual_bits", "scale_rule"), DEFAULTS)
-def test_defaults(bits: str | int | None, method: str, residual_bits: int, scale_rule: str) -> None:
+@pytest.mark.parametrize(("bits", "method", "residual_bits"), DEFAULTS)
+def test_defaults(bits: str | int | None, method: str, residual_bits: int) -> None:
     recipe = recipe_for(None, bits)
-    assert (recipe.method, recipe.residual_bits, recipe.scale_rule) == (method, residual_bits, scale_rule)
+    assert (recipe.method, recipe.residual_bits) == (method, residual_bits)
     assert recipe.bits == ("ternary" if bits is None else str(bits))
     assert recipe.quantized
 
@@ -119,7 +111,10 @@ def test_prepare_model(method: str, bits: Any, rules: Any, expected: dict[str, s
     report = prepare_model_(model, recipe, rules)
     formats = {n: str(p.format) for n, p in model.named_parameters() if isinstance(p, QuantizedTensor)}
     assert formats == expected == {entry.name: str(entry.format) for entry in report.converted}
-    assert all(entry.scale_rule == recipe.scale_rule for entry in report.converted)
+    # Each weight has the scale rule of its own format, but for the paper's.
+    rules_used = {entry.name: entry.scale_rule for entry in report.converted}
+    defaults = {entry.name: default_scale_rule(entry.format) for entry in report.converted}
+    assert rules_used == (dict.fromkeys(expected, "paper") if method == "paper" else defaults)
     optimizer = build_optimizer(model, recipe)
     assert type(optimizer) is (PaperAdamW if method == "paper" else AdamW)
     named = [name for group in optimizer.param_groups for name in group["param_names"]]
