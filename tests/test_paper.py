@@ -236,9 +236,9 @@ def test_the_scale_follows_the_signed_maximum() -> None:
 
 
 def test_a_value_is_rounded_up_with_the_probability_of_its_fraction() -> None:
-    """And never off the grid: 0 of the 2**32 words move a whole number, and floor(2**32 * fraction) another one."""
+    """Of the 2**32 words floor(2**32 * fraction) round up: none of them for a value on the grid."""
     values = torch.tensor([-8.0, -1.0, 0.0, 7.0, -2.25, 0.5, 3.75])
-    ups = torch.tensor([0.0, 0, 0, 0, 0.75, 0.5, 0.75]) * 2**32
+    ups = torch.tensor([0.0, 0, 0, 0, 0.75, 0.5, 0.75], dtype=torch.float64) * 2**32
     for word in (0, 2**30, 2**31 - 1, 2**31, 3 * 2**30 - 1, 3 * 2**30, 2**32 - 1):
         rounded = round_value(values, torch.full((7,), word))
         assert torch.equal(rounded, values.floor() + (word < ups))
