@@ -33,6 +33,8 @@ MEMORY = [
 SUMMARY = {
     "unigram_nats": 6.25,
     "parameters": 2_000_000,
+    "linear_parameters": 1_500_000,
+    "bits": "ternary",
     "memory": MEMORY,
     "samples": [{"prompt": "def <main>(", "text": "self):\n    return 'a' & \"b\""}],
 }
@@ -108,6 +110,8 @@ def test_report_is_complete_and_loads_nothing(bits: str, plots: set[str], tmp_pa
         "dqt train",
         "FP32 AdamW",
         "37.5 %",
+        "38%of the",
+        "1.5M of them ternary",
     ):
         assert shown in page.text
     assert "def <main>(self):\n    return 'a' & \"b\"" in page.text  # escaped, and shown as it is

@@ -215,7 +215,7 @@ def _one_tensor(axes: Any, steps: np.ndarray, shares: np.ndarray, theme: Theme) 
     else:
         from matplotlib.colors import LinearSegmentedColormap
 
-        heat = LinearSegmentedColormap.from_list("codes", (theme.paper, theme.curves[0], theme.ink))
+        heat = LinearSegmentedColormap.from_list("codes", (theme.paper, theme.curves[0]))
         code = np.arange(len(shares)) - len(shares) // 2
         # Square root: rare codes at the ends of the range are seen beside the common ones.
         axes.pcolormesh(steps, code, np.sqrt(shares), cmap=heat, vmin=0, shading="nearest", rasterized=True)

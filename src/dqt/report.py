@@ -177,35 +177,27 @@ def _headline(run: RunRecord) -> str:
     summary, last = run.summary, run.training[-1] if run.training else {}
     evaluated = run.evaluation[-1] if run.evaluation else {}
     val_loss, unigram = evaluated.get("val_loss"), summary.get("unigram_nats")
+    below = unigram - val_loss if unigram is not None and val_loss is not None else None
+    tokens, elapsed = last.get("tokens") or 0, last.get("elapsed") or 0.0
     flips = column(run.training, "flip_rate")[1]
-    elapsed = last.get("elapsed") or 0.0
-    speed = f"{_count(last['tokens'] / elapsed)} tokens/s" if elapsed and "tokens" in last else ""
+    memory = (summary.get("memory") or [{}])[-1]
+    share = memory["total"] / memory["fp32_adamw"] if memory.get("fp32_adamw") else math.nan
     cards = [
         ("validation loss", _number(val_loss, ".3f"), "nats a token"),
-        ("bits a byte", _number(evaluated.get("val_bpb"), ".3f"), "validation"),
-        ("below unigram", _number(unigram - val_loss if unigram and val_loss else None, ".2f"), "nats"),
-        ("parameters", _count(summary.get("parameters")), ""),
-        (
-            "steps",
-            _number(last.get("step"), ",d"),
-            _count(last.get("tokens")) + " tokens" if "tokens" in last else "",
-        ),
-        ("time", format_duration(elapsed) if elapsed else "", speed),
-        (
-            "flip rate",
-            _number(100 * float(flips[-1]) if len(flips) else None, ".3g"),
-            "% of codes, last step",
-        ),
+        ("below unigram", _number(below, ".2f"), "nats a token"),
+        ("bits a byte", _number(evaluated.get("val_bpb"), ".3f"), "of held-out text"),
+        ("parameters", _count(summary.get("parameters")), _stored(summary)),
+        ("steps", _number(last.get("step"), ",d"), f"{_count(tokens)} tokens"),
+        ("time", format_duration(elapsed) if elapsed else "", _speed(tokens, elapsed)),
+        ("flip rate", _number(flips.mean() if len(flips) else None, ".2%"), "of codes a step, mean"),
+        ("training state", _number(share, ".0%"), "of the bytes of FP32 AdamW"),
     ]
-    return (
-        '<section class="cards">'
-        + "".join(
-            f'<div class="card"><h3>{name}</h3><b>{value}</b><small>{html.escape(note)}</small></div>'
-            for name, value, note in cards
-            if value
-        )
-        + "</section>"
+    shown = "".join(
+        f'<div class="card"><h3>{name}</h3><b>{value}</b><small>{html.escape(note)}</small></div>'
+        for name, value, note in cards
+        if value
     )
+    return f'<section class="cards">{shown}</section>'
 
 
 def _figure(name: str, light: bytes, dark: bytes) -> str:
@@ -270,6 +262,17 @@ def _number(value: Any, spec: str) -> str:
     return format(value, spec) if isinstance(value, int | float) and math.isfinite(value) else ""
 
 
+def _stored(summary: Mapping[str, Any]) -> str:
+    bits, linear = summary.get("bits"), summary.get("linear_parameters")
+    if not bits or not linear:
+        return str(summary.get("method") or "")
+    return f"{_count(linear)} of them {bits}{' bits' if bits != 'ternary' else ''}"
+
+
+def _speed(tokens: float, seconds: float) -> str:
+    return f"{_count(tokens / seconds)} tokens a second" if seconds else ""
+
+
 def _count(value: Any) -> str:
     """A number of things in three digits: 6.29M."""
     if not isinstance(value, int | float) or not math.isfinite(value):
@@ -294,7 +297,7 @@ h1 { font-size: 1.6rem; margin: 0 0 .5rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 p, figcaption { color: var(--soft); margin: .25rem 0 .5rem; font-size: .9rem; }
 .state { border: 1px solid var(--line); border-radius: 1rem; padding: 0 .7rem; font-size: .85rem; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(11rem, 45%), 1fr));
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(12.5rem, 45%), 1fr));
   gap: .75rem; margin-top: 1rem; }
 .card { background: var(--box); border: 1px solid var(--line); border-radius: .5rem; padding: .7rem .9rem; }
 .card h3 { font-size: .8rem; font-weight: 500; color: var(--soft); margin: 0; }
@@ -307,11 +310,11 @@ pre { background: var(--box); border: 1px solid var(--line); border-radius: .5re
   overflow-wrap: anywhere; }
 pre span { color: var(--accent); font-weight: 600; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .4rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 tbody th { text-align: left; font-weight: 500; }
 tbody tr:last-child { font-weight: 650; }
-.bars { width: 20%; min-width: 5rem; }
+.bars { width: 18%; min-width: 4rem; }
 .bars i { display: block; height: .45rem; margin: .12rem 0; background: var(--accent); border-radius: .2rem; }
 .bars .other { background: var(--other); }
 @media (max-width: 40rem) { .bars { display: none; } }
