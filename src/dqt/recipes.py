@@ -25,7 +25,7 @@ from dqt.baselines import bitnet_
 from dqt.errors import ConfigError, did_you_mean
 from dqt.numerics.formats import parse_bits
 from dqt.numerics.rounding import ROUNDINGS
-from dqt.numerics.scales import SCALE_RULES, default_scale_rule
+from dqt.numerics.scales import SCALE_RULES
 from dqt.optim import AdamW, PaperAdamW
 from dqt.optim.base import QuantizedOptimizer
 from dqt.optim.moments import SECOND_MOMENTS
@@ -53,7 +53,7 @@ class Recipe:
         eps: Of the optimizer.
         weight_decay: Decoupled, on low-bit weights (on everything for `paper`), and on the float matrices of
             the float methods.
-        scale_rule: How the grid step is set at the start.
+        scale_rule: How the grid step is set at the start; None is the default of each weight's format.
         per_row: One scale a row.
         residual_bits: k, 0 is strict.
         hysteresis: h, in grid steps.
@@ -143,7 +143,6 @@ def _strict(bits: str) -> Recipe:
         bits=bits,
         lr=_STRICT_LR[bits],
         betas=(0.0, 0.95),
-        scale_rule=default_scale_rule(fmt),
     )
 
 
@@ -153,7 +152,6 @@ def _residual(bits: str) -> Recipe:
         bits=bits,
         lr=_RESIDUAL_LR,
         betas=(0.0, 0.95),  # no first moment: ternary 1.865, with beta1 = 0.9 at the same learning rate 1.987
-        scale_rule=default_scale_rule(parse_bits(bits)),
         residual_bits=8,  # ternary: k = 8: 1.865, 6: 1.911, 4: 2.083
         second_moment="factored",  # ternary 1.865 against 1.876 with the full one
     )
