@@ -42,12 +42,8 @@ LAYERS = (
     "cli",
     "__main__",
 )
-FREE = {
-    "",
-    "train.schedule",
-    "train.section",
-    "train.storage",
-}  # "" is dqt itself: it imports lazily; the others need errors alone
+# dqt itself imports lazily, the others need nothing but the errors.
+FREE = {"", "train.schedule", "train.section", "train.storage"}
 
 HEAVY = ("torch", "transformers", "matplotlib", "numpy", "safetensors", "tokenizers", "datasets")
 
