@@ -110,6 +110,15 @@ def test_resume_goes_on(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "resumed from" in capsys.readouterr().out
 
 
+def test_resume_from_a_path_needs_no_config(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    assert main(["train", "--resume", str(tmp_path / "run"), "--steps", "8"]) == 0
+    assert "resumed from" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["summary"]["step"] == 8
+
+
 def test_eval_on_held_out_text_gives_the_loss_of_the_run(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

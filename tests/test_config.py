@@ -98,11 +98,12 @@ def test_resolving_fills_everything_and_survives_toml(preset: str, method: str |
     }
     # What stays open has no default: it belongs to the run's directory, or is nothing by nature.
     by_nature = {"data.tokenizer", "data.max_bytes", "data.dataset_config", "train.out"}
+    by_nature |= {"quant.scale_rule", "quant.init_gain"}
     by_nature |= {
         f"model.{key}" for key in ("num_key_value_heads", "rope_theta", "rms_norm_eps", "initializer_range")
     }
     if method in ("fp32", "bf16", "bitnet"):
-        by_nature |= {"quant.bits", "quant.scale_rule"}
+        by_nature.add("quant.bits")
     assert left_open <= by_nature
     assert config.train.steps == TRAINING_DEFAULTS[preset].steps
 

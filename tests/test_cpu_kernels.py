@@ -1,11 +1,12 @@
 """Every CPU kernel, on every instruction set that this CPU has, equals the PyTorch reference bit for bit.
 
-The reference runs by hiding the library. Without a compiler there is no library, and `dqt doctor` says so; then the
-parametrization is empty and only the tests of the error messages run.
+The reference runs by hiding the library. Without a compiler there is no library, and `dqt doctor` says so;
+then the parametrization is empty and only the tests of the error messages run.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -112,8 +113,8 @@ def test_packing(shape: tuple[int, int], bits: int, monkeypatch: pytest.MonkeyPa
     packed = ops.pack(values, bits)
     assert_same(packed, on_reference(monkeypatch, lambda: ops.pack(values, bits)))
     for signed in (True, False):
-        unpacked = ops.unpack(packed, bits, shape[1], signed)
-        assert_same(unpacked, on_reference(monkeypatch, lambda: ops.unpack(packed, bits, shape[1], signed)))
+        unpack = functools.partial(ops.unpack, packed, bits, shape[1], signed)
+        assert_same(unpack(), on_reference(monkeypatch, unpack))
 
 
 # bits, residual bits, second moment, beta1, weight decay, per row, rounding, shape
@@ -169,7 +170,7 @@ def test_fused_update(case: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_kernel_refuses_what_it_cannot_read() -> None:
     for tensor in (torch.zeros(4, 4).T[1:, 1:], torch.zeros(2, dtype=torch.float64)):
-        with pytest.raises(ConfigError, match="contiguous torch.float32 CPU tensor"):
+        with pytest.raises(ConfigError, match=r"contiguous torch\.float32 CPU tensor"):
             cpu.pointer(tensor, torch.float32)
 
 

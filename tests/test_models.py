@@ -111,3 +111,13 @@ def test_overrides_reach_the_config() -> None:
 def test_what_cannot_work_is_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_config(**arguments)
+
+
+def test_init_gain_redraws_the_linear_layers_only() -> None:
+    config = build_config("micro", overrides={"num_hidden_layers": 1})
+    plain, scaled = build_model(config, seed=3), build_model(config, seed=3, init_gain=1.5)
+    for (name, before), after in zip(plain.named_parameters(), scaled.parameters(), strict=True):
+        if "proj" in name:
+            assert after.std().item() == pytest.approx(1.5 * before.shape[1] ** -0.5, rel=0.05)
+        else:
+            assert torch.equal(before, after), name

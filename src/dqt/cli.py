@@ -212,9 +212,15 @@ def _train(arguments: argparse.Namespace) -> int:
     from dqt.report import write_report
     from dqt.train.config import Config
     from dqt.train.loop import train
+    from dqt.train.resume import AUTO, saved_config
     from dqt.train.rundir import FINISHED
 
-    config = Config.from_toml(arguments.config) if arguments.config else Config()
+    if arguments.config:
+        config = Config.from_toml(arguments.config)
+    elif arguments.resume not in (None, AUTO):
+        config = saved_config(arguments.resume)
+    else:
+        config = Config()
     config = config.override(values)
     result = train(config, resume=arguments.resume, overwrite=arguments.overwrite, stream=sys.stdout)
     report = write_report(result.directory.path)

@@ -136,12 +136,14 @@ def build_config(
     )
 
 
-def build_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+def build_model(config: PreTrainedConfig, seed: int, init_gain: float | None = None) -> PreTrainedModel:
     """Builds a freshly initialised causal language model, in float32, with torch's fused attention.
 
     Args:
         config: any config that `AutoModelForCausalLM` knows.
         seed: the weights are a function of the config and of it; the global random state is left alone.
+        init_gain: draws the weights of the layers' `nn.Linear`s anew, with a standard deviation of
+            init_gain / sqrt(in_features); None leaves them as `transformers` draws them (0.02 for all).
 
     Returns:
         The model, in training mode, on the CPU.
@@ -152,6 +154,11 @@ def build_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+        if init_gain is not None:
+            head = model.get_output_embeddings()
+            for module in model.modules():
+                if isinstance(module, torch.nn.Linear) and module is not head:
+                    torch.nn.init.normal_(module.weight, std=init_gain * module.in_features**-0.5)
     return model.train()
 
 

@@ -53,6 +53,9 @@ class Recipe:
         eps: Of the optimizer.
         weight_decay: Decoupled, on low-bit weights (on everything for `paper`), and on the float matrices of
             the float methods.
+        init_gain: Standard deviation of new linear weights times the root of their inputs; None leaves the
+            model's own initialization. A frozen grid can't grow with its weights, so that it must start at
+            the length that float weights would reach.
         scale_rule: How the grid step is set at the start; None is the default of each weight's format.
         per_row: One scale a row.
         residual_bits: k, 0 is strict.
@@ -72,6 +75,7 @@ class Recipe:
     float_betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.0
+    init_gain: float | None = None
     scale_rule: str | None = None
     per_row: bool = False
     residual_bits: int = 0
@@ -92,6 +96,8 @@ class Recipe:
             raise ConfigError(
                 "method residual needs residual_bits of 2 to 8 or 16; with 0 it is method strict"
             )
+        if self.init_gain is not None and not 0 < self.init_gain <= 100:
+            raise ConfigError(f"init_gain={self.init_gain} must be above 0, and 100 at the most")
         if self.method == "paper" and self.bits == "1":
             raise ConfigError(
                 "method paper has no 1-bit format, its grid contains zero: use bits ternary, or method strict"
@@ -137,7 +143,6 @@ def recipe_for(method: str | None = None, bits: str | int | None = None, **overr
 
 
 def _strict(bits: str) -> Recipe:
-    fmt = parse_bits(bits)
     return Recipe(
         method="strict",
         bits=bits,

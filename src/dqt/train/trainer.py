@@ -87,7 +87,7 @@ class Trainer:
         self.recipe = config.recipe()
         self.steps, self.batch_size = required(train.steps), required(train.batch_size)
         self.accumulation, self.seq_len = required(train.accumulation), required(train.seq_len)
-        self.model = build_model(model_config(config, corpus), train.seed)
+        self.model = build_model(model_config(config, corpus), train.seed, self.recipe.init_gain)
         self.quantized = prepare_model_(self.model, self.recipe, config.quant.rules_to_bits)
         if train.activation_checkpointing:
             with warnings.catch_warnings():  # transformers 5 has a new name for it, and both work until 6

@@ -1,0 +1,158 @@
+"""Validation loss of every method and bit width, on the same text in the same order.
+
+    python benchmarks/quality.py formats     every method and bit width once: does each one learn?
+    python benchmarks/quality.py tuned       the main methods, three learning rates each: which is best?
+
+Runs are `dqt train` processes of one thread each, as many at a time as there are cores; a finished one is not
+run again, so an interrupted table goes on where it was. Nothing is fetched: the text is the standard
+library's source.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+BITS = ("1", "ternary", "2", "3", "4", "5", "6", "7", "8")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: an arm of a table at one learning rate (None: the recipe's)."""
+
+    method: str
+    bits: str | None
+    lr: float | None = None
+    optim: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def arm(self) -> str:
+        """Name of the row it belongs to."""
+        return " ".join(part for part in (self.method, self.bits) if part)
+
+    @property
+    def name(self) -> str:
+        """Name of its directory."""
+        return "-".join(
+            part for part in (self.method, self.bits, f"{self.lr:g}" if self.lr else None) if part
+        )
+
+    def config(self, model: dict[str, Any], train: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        """The config of the run, without what is not set."""
+        quant = {"method": self.method} | ({"bits": self.bits} if self.bits else {})
+        optim = dict(self.optim) | ({"lr": self.lr} if self.lr else {})
+        return {"model": model, "quant": quant, "data": data, "optim": optim, "train": train}
+
+
+# The paper's 2,000 steps of warm-up would leave these short runs at a fraction of its rate, so here `paper`
+# warms up for a tenth of the run.
+
+
+def formats_suite() -> tuple[list[Run], dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Every method and bit width once, at the recipe's learning rate."""
+    short_warmup = (("warmup_steps", 20),)
+    runs = [Run(method, bits) for method in ("strict", "residual") for bits in BITS]
+    runs += [Run("paper", bits, optim=short_warmup) for bits in BITS[1:]]
+    runs += [Run(method, None) for method in ("fp32", "bf16", "bitnet")]
+    return runs, {"preset": "tiny"}, {"steps": 200, "batch_size": 4, "eval_every": 200}, {}
+
+
+def tuned_suite() -> tuple[list[Run], dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Seven arms at three learning rates each; the grid of an arm was centred on its best in shorter runs."""
+    grids: dict[tuple[str, str | None], tuple[float, float, float]] = {
+        ("fp32", None): (2e-3, 4e-3, 8e-3),
+        ("bitnet", None): (2e-3, 4e-3, 8e-3),
+        ("paper", "ternary"): (5e-4, 1e-3, 2e-3),
+        ("paper", "8"): (5e-4, 1e-3, 2e-3),
+        ("strict", "8"): (1e-3, 2e-3, 4e-3),
+        ("strict", "4"): (1e-3, 2e-3, 4e-3),
+        ("residual", "ternary"): (1e-3, 2e-3, 4e-3),
+    }
+    runs = []
+    for (method, bits), rates in grids.items():
+        warmup = (("warmup_steps", 100),)
+        runs += [Run(method, bits, lr, warmup) for lr in rates]
+    model = {"preset": "micro"}
+    train = {"steps": 1000, "batch_size": 8, "eval_every": 1000, "eval_windows": 400}
+    return runs, model, train, {"vocab_size": 1024}
+
+
+def execute(run: Run, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Runs it unless it is finished; returns the summary of its `run.json`."""
+    out = folder / run.name
+    record = out / "run.json"
+    if not (record.is_file() and json.loads(record.read_text())["state"] == "finished"):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{run.name}.toml"
+        file.write_text(tomli_w.dumps(config))
+        command = [sys.executable, "-m", "dqt", "train", str(file), "--out", str(out), "--overwrite"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            print(f"{run.name}: exit status {done.returncode}: {done.stderr.strip()[-300:]}", flush=True)
+            return {"error": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "failed"}
+    summary: dict[str, Any] = json.loads(record.read_text())["summary"]
+    print(f"{run.name}: {summary['val_loss']:.4f} ({summary['seconds']:.0f} s)", flush=True)
+    return summary
+
+
+def stored_bits(out: Path) -> str:
+    """Bits a linear weight takes in the finished model, as `dqt inspect` reports them."""
+    command = [sys.executable, "-m", "dqt", "inspect", str(out), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    tensors = [t for t in json.loads(done.stdout)["tensors"] if t["name"].endswith("proj.weight")]
+    weights, size = sum(t["elements"] for t in tensors), sum(t["bytes"] for t in tensors)
+    return f"{8 * size / weights:.3f}"
+
+
+def table(runs: list[Run], summaries: list[dict[str, Any]], folder: Path) -> str:
+    """A Markdown table of the arms, each at its best learning rate."""
+    best: dict[str, tuple[Run, dict[str, Any]]] = {}
+    losses: dict[str, list[str]] = {}
+    for run, summary in zip(runs, summaries, strict=True):
+        loss = summary.get("val_loss")
+        losses.setdefault(run.arm, []).append(
+            f"{run.lr:g}: {loss:.4f}" if run.lr and loss else str(loss or "failed")
+        )
+        if loss is not None and (run.arm not in best or loss < best[run.arm][1]["val_loss"]):
+            best[run.arm] = (run, summary)
+    lines = ["| arm | val loss | below unigram | bits a weight | all losses |", "|---|---|---|---|---|"]
+    for arm, (run, summary) in best.items():
+        gain = summary["unigram_nats"] - summary["val_loss"]
+        bits = stored_bits(folder / run.name)
+        detail = ", ".join(losses[arm]) if run.lr else ""
+        lines.append(f"| {arm} | {summary['val_loss']:.4f} | {gain:.2f} | {bits} | {detail} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs a suite and prints its table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("suite", choices=("formats", "tuned"))
+    parser.add_argument("--out", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    arguments = parser.parse_args()
+    runs, model, train, data = {"formats": formats_suite, "tuned": tuned_suite}[arguments.suite]()
+    folder = arguments.out / arguments.suite
+    train = {"threads": 1, "sample_tokens": 0, **train}
+    started = time.perf_counter()
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        summaries = list(pool.map(lambda run: execute(run, folder, run.config(model, train, data)), runs))
+    print(f"\n{len(runs)} runs, {time.perf_counter() - started:.0f} s\n")
+    print(table(runs, summaries, folder))
+
+
+if __name__ == "__main__":
+    main()
