@@ -8,11 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from dqt.models import build_config, build_model
-from dqt.ops.bf16_guard import ensure_bf16_products
 from dqt.quantize import quantize_
 from dqt.train.losses import chunked_cross_entropy, language_model_loss
-
-ensure_bf16_products()  # while modules are collected, hence before the process's first product
 
 MICRO = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 

@@ -8,11 +8,8 @@ from typing import Any
 
 import torch
 
-from dqt.ops.bf16_guard import ensure_bf16_products
 from dqt.train.config import Config
 from dqt.train.loop import TrainResult, train
-
-ensure_bf16_products()  # while modules are collected, hence before the process's first product
 
 STDLIB = Path(json.__file__).parent  # five modules, 50 kB
 
