@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dqt.errors import ConfigError
-from dqt.numerics.formats import FORMATS, Format
+from dqt.numerics.formats import FORMATS, Format, parse_bits
 from dqt.numerics.scales import (
     GAUSSIAN_STEP,
     SCALE_RULES,
@@ -131,3 +131,13 @@ def test_a_scale_per_row_of_any_shape(shape: tuple[int, ...], rows: int) -> None
 def test_an_unknown_rule_is_refused() -> None:
     with pytest.raises(ConfigError, match="did you mean 'gaussian'"):
         compute_scale(torch.ones(1, 1), FORMATS["4"], "gausian")
+
+
+@pytest.mark.parametrize("bits", ["1", "ternary", "4", "8"])
+def test_headroom_multiplies_the_scale(bits: str) -> None:
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    fmt = parse_bits(bits)
+    rule = default_scale_rule(fmt)
+    plain, wider = compute_scale(weight, fmt, rule), compute_scale(weight, fmt, rule, headroom=3.0)
+    assert wider.item() == pytest.approx(3 * plain.item(), rel=2**-9)
+    assert wider.half().float() == wider

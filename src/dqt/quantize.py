@@ -70,6 +70,7 @@ def quantize_(
     rules: Mapping[str, Rule] | None = None,
     *,
     scale_rule: str | None = None,
+    headroom: float = 1.0,
     per_row: bool = False,
     products: Products = Products(),  # noqa: B008  frozen
 ) -> QuantizeReport:
@@ -81,6 +82,8 @@ def quantize_(
         rules: Glob pattern on module names ("*.mlp.*", "lm_head") to bits, or to None to leave float. The
             last matching rule wins, over the defaults too, and applies to embeddings and norm gains as well.
         scale_rule: "gaussian", "absmean", "absmax"; by default the one of the format.
+        headroom: Factor on the rule's scale. The scale is frozen, so a model that starts from small random
+            weights needs a grid that reaches further than they do.
         per_row: One scale a row instead of one a tensor.
         products: Which products are integer. An output head that a rule converts gets float products, because
             its input is not quantized in the paper either.
@@ -93,6 +96,8 @@ def quantize_(
         DqtError: If a weight holds NaN or Inf.
     """
     default = parse_bits(bits)
+    if not 0 < headroom <= 1000:
+        raise ConfigError(f"headroom={headroom} must be above 0, and 1000 at the most")
     patterns = {
         pattern: None if rule is None else parse_bits(rule) for pattern, rule in (rules or {}).items()
     }
@@ -111,9 +116,8 @@ def quantize_(
             report.left.append(Left(full_name, shape, weight.nbytes, reason))
             continue
         rule = scale_rule or default_scale_rule(target)
-        quantized = _quantize(
-            full_name, weight, target, rule, per_row, FLOAT_PRODUCTS if is_head else products
-        )
+        scale = _scale(full_name, weight, target, rule, headroom, per_row)
+        quantized = QuantizedTensor.from_float(weight, scale, target, FLOAT_PRODUCTS if is_head else products)
         parameter = nn.Parameter(quantized, requires_grad=weight.requires_grad)
         for module in sharing.values():
             set_quantized_weight(module, parameter)
@@ -194,20 +198,18 @@ def linear_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m not in heads]
 
 
-def _quantize(
-    name: str, weight: Tensor, format: Format, scale_rule: str, per_row: bool, products: Products
-) -> QuantizedTensor:
+def _scale(name: str, weight: Tensor, format: Format, rule: str, headroom: float, per_row: bool) -> Tensor:
     if not weight.detach().isfinite().all():
         raise ConfigError(
             f"{name} holds NaN or Inf and can't be quantized: load or initialize the model again"
         )
-    scale = compute_scale(weight, format, scale_rule, per_row)
+    scale = compute_scale(weight, format, rule, per_row, headroom)
     if not (scale > 0).all():
         # A layer initialized with zeros has no spread to take a scale from: use nn.Linear's usual
         # 1/sqrt(3 * in).
         spread = torch.full((1, 1), (3 * max(1, weight.shape[-1])) ** -0.5, device=weight.device)
-        scale = torch.where(scale > 0, scale, compute_scale(spread, format, scale_rule))
-    return QuantizedTensor.from_float(weight, scale, format, products)
+        scale = torch.where(scale > 0, scale, compute_scale(spread, format, rule, headroom=headroom))
+    return scale
 
 
 def _unreachable(model: nn.Module, known: set[str]) -> list[Left]:

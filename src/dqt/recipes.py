@@ -54,9 +54,9 @@ class Recipe:
         weight_decay: Decoupled, on low-bit weights (on everything for `paper`), and on the float matrices of
             the float methods.
         init_gain: Standard deviation of new linear weights times the root of their inputs; None leaves the
-            model's own initialization. A frozen grid can't grow with its weights, so that it must start at
-            the length that float weights would reach.
+            model's own initialization.
         scale_rule: How the grid step is set at the start; None is the default of each weight's format.
+        headroom: Factor on the rule's scale.
         per_row: One scale a row.
         residual_bits: k, 0 is strict.
         hysteresis: h, in grid steps.
@@ -77,6 +77,7 @@ class Recipe:
     weight_decay: float = 0.0
     init_gain: float | None = None
     scale_rule: str | None = None
+    headroom: float = 1.0
     per_row: bool = False
     residual_bits: int = 0
     hysteresis: float = DEFAULT_HYSTERESIS
@@ -210,6 +211,7 @@ def prepare_model_(
         recipe.bits,
         {"*": recipe.bits} if recipe.method == "paper" else rules,
         scale_rule=recipe.scale_rule,
+        headroom=recipe.headroom,
         per_row=recipe.per_row,
         products=recipe.products,
     )

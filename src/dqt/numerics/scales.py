@@ -63,7 +63,9 @@ def default_scale_rule(fmt: Format) -> str:
     return "absmean" if fmt.name in ("ternary", "1") else "gaussian"
 
 
-def compute_scale(weight: Tensor, fmt: Format, rule: str, per_row: bool = False) -> Tensor:
+def compute_scale(
+    weight: Tensor, fmt: Format, rule: str, per_row: bool = False, headroom: float = 1.0
+) -> Tensor:
     """Scale for a float weight.
 
     Args:
@@ -71,6 +73,7 @@ def compute_scale(weight: Tensor, fmt: Format, rule: str, per_row: bool = False)
         fmt: The format of its codes.
         rule: A name in `SCALE_RULES`.
         per_row: One scale a row, instead of one for the tensor.
+        headroom: Factor on the rule's scale: a coarser grid that reaches further, for weights that will grow.
 
     Returns:
         `float32` tensor: [] or [rows, 1], values of float16 (except for `paper`). Zero where all weights are
@@ -82,7 +85,7 @@ def compute_scale(weight: Tensor, fmt: Format, rule: str, per_row: bool = False)
     if rule not in SCALE_RULES:
         raise ConfigError(f"unknown scale rule {rule!r}; {did_you_mean(rule, SCALE_RULES)}")
     rows = weight.detach().float().reshape(math.prod(weight.shape[:-1]) if per_row else 1, -1)
-    scale = SCALE_RULES[rule](rows, fmt)
+    scale = SCALE_RULES[rule](rows, fmt) * headroom
     if rule != "paper":
         scale = round_to_float16(scale)
     return scale[:, None] if per_row else scale[0]

@@ -96,6 +96,7 @@ class QuantConfig(Section):
         rules: Glob pattern on module names to bits, or to "float"; the last one that matches wins.
         init_gain: Standard deviation of new linear weights times the root of their inputs.
         scale_rule: How the grid step is set.
+        headroom: Factor on the rule's grid step.
         per_row: One scale a row.
         residual_bits: Remainder bits a weight; 0 is strict.
         hysteresis: In grid steps.
@@ -110,6 +111,7 @@ class QuantConfig(Section):
     rules: dict[str, str] = field(default_factory=dict)
     init_gain: float | None = None
     scale_rule: str | None = None
+    headroom: float | None = None
     per_row: bool | None = None
     residual_bits: int | None = None
     hysteresis: float | None = None
@@ -374,7 +376,15 @@ SECTIONS: dict[str, type[Any]] = {
     "train": TrainConfig,
 }
 _PRODUCTS = tuple(each.name for each in fields(Products))
-_QUANT_TO_RECIPE = ("init_gain", "scale_rule", "per_row", "residual_bits", "hysteresis", "rounding")
+_QUANT_TO_RECIPE = (
+    "init_gain",
+    "scale_rule",
+    "headroom",
+    "per_row",
+    "residual_bits",
+    "hysteresis",
+    "rounding",
+)
 _OPTIM_TO_RECIPE = (
     *("lr", "betas", "float_betas", "eps", "weight_decay", "second_moment"),
     *("grad_clip", "warmup_steps", "schedule"),
