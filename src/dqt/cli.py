@@ -73,9 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="replace"
-        )  # a terminal without UTF-8 shows "?" for a bar or a sampled letter
+        # A terminal without UTF-8 shows "?" for a bar or a sampled letter.
+        sys.stdout.reconfigure(errors="replace")
     try:
         return _run(sys.argv[1:] if argv is None else list(argv))
     except DqtError as error:

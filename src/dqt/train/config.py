@@ -251,16 +251,8 @@ class TrainConfig(Section):
     def _validate(self) -> None:
         self._at_least(
             1,
-            *(
-                "steps",
-                "seq_len",
-                "batch_size",
-                "accumulation",
-                "eval_every",
-                "eval_windows",
-                "checkpoint_every",
-            ),
-            *("keep_checkpoints", "log_every", "threads"),
+            *("steps", "seq_len", "batch_size", "accumulation", "eval_every", "eval_windows"),
+            *("checkpoint_every", "keep_checkpoints", "log_every", "threads"),
         )
         self._at_least(0, "sample_tokens")
         if not 0 <= self.seed < 2**32:
@@ -289,9 +281,8 @@ class Config:
         """Builds a config from nested dictionaries.
 
         Raises:
-            ConfigError: An unknown section or key (with the nearest valid one), a wrong type, or a value that
-                makes
-                no sense.
+            ConfigError: An unknown section or key (with the nearest valid one), a wrong type, or a value
+                that makes no sense.
         """
         sections = {}
         for name, values in content.items():

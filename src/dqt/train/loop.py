@@ -39,9 +39,8 @@ def train(
 
     Args:
         config: Resolved or not.
-        resume: None to start; "auto" to go on where the run's directory allows it; or the path of a run or of
-            a
-            checkpoint to go on from.
+        resume: None to start; "auto" to go on where the run's directory allows it; or the path of a run or
+            of a checkpoint to go on from.
         overwrite: Replace the run that the directory holds.
         cache_dir: Where prepared text is kept; None takes the user's cache.
         stream: Where to show progress; None shows nothing.
@@ -56,9 +55,8 @@ def train(
     directory = _choose_directory(config, resume)
     directory.require_usable(_goes_on_in(directory, resume), overwrite)
     config = config.override({"train.out": str(directory.path)})
-    build_config(
-        config.model.preset, config.model.arch, overrides=config.model.overrides
-    )  # refuses bad sizes early
+    # Refuses sizes that make no model before any text is read.
+    build_config(config.model.preset, config.model.arch, overrides=config.model.overrides)
     if config.quant.method == "bf16":
         ensure_bf16_products()
     found = resuming.find(resume, directory.checkpoints, console.say) if resume else None

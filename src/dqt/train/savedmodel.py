@@ -4,9 +4,9 @@
         config.json                          transformers' own, for the architecture
         generation_config.json               transformers' own
         tokenizer.json, tokenizer_config.json
-        model.safetensors                    weight.codes and weight.scale of low-bit weights, floats of the
-        others dqt.json                             how to rebuild the low-bit weights, the recipe, the run's
-        summary manifest.json                        size and SHA-256 of the others
+        model.safetensors                    weight.codes and weight.scale of low-bit weights, other floats
+        dqt.json                             how to rebuild the low-bit weights, recipe, the run's summary
+        manifest.json                        size and SHA-256 of the others
 
 The weights are in the format they were trained in, so that nothing is lost or gained by saving; other
 runtimes need an export. A model is rebuilt from its class and the list of its low-bit tensors, not from a
