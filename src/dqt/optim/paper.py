@@ -62,6 +62,17 @@ class PaperAdamW(AdamW):
                     "every parameter, so use dqt.quantize_(model, rules={'*': bits}, scale_rule='paper')"
                 )
 
+    def _check_gradients(self) -> None:
+        super()._check_gradients()
+        for name, weight, _ in self._with_gradient():
+            assert isinstance(weight, QuantizedTensor)
+            if largest_code(weight) <= 0:
+                raise DqtError(
+                    f"{name} has no positive weight left at step {self.state[weight].get('step', 0) + 1}, so "
+                    "the paper's scale, taken from the signed maximum, is undefined; no parameter was "
+                    "changed. Lower the learning rate, or use another method"
+                )
+
     def _step_quantized(
         self, name: str, weight: QuantizedTensor, state: dict[str, Any], group: dict[str, Any]
     ) -> None:
@@ -69,13 +80,7 @@ class PaperAdamW(AdamW):
         fmt = weight.format
         grad = weight.grad.reshape(weight.rows, weight.shape[-1])
         self.begin(grad, state, group, weight.shape)
-        top = max(int(weight.unpack_rows(rows).max()) for rows in row_blocks(weight))
-        if top <= 0:
-            raise DqtError(
-                f"{name} has no positive weight left at step {state['step']}, so the paper's scale, taken "
-                "from the signed maximum, is undefined: lower the learning rate, or use another method"
-            )
-        new_scale = weight.scale * top / fmt.qmax
+        new_scale = weight.scale * largest_code(weight) / fmt.qmax
         beta1, beta2 = group["betas"]
         step_size = group["lr"] * math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"])
         for rows in row_blocks(weight):
@@ -92,6 +97,11 @@ class PaperAdamW(AdamW):
                 self._stats.count(weight, codes.to(torch.int32) - fmt.qmin, new_codes - fmt.qmin)
             weight.write_codes(new_codes, rows)
         weight.scale.copy_(new_scale)
+
+
+def largest_code(weight: QuantizedTensor) -> int:
+    """The signed maximum of a weight's codes."""
+    return max(int(weight.unpack_rows(rows).max()) for rows in row_blocks(weight))
 
 
 def round_value(value: Tensor, random: Tensor | None) -> Tensor:
