@@ -33,6 +33,7 @@ class Run:
     method: str
     bits: str | None
     lr: float | None = None
+    model: tuple[tuple[str, Any], ...] = ()
     optim: tuple[tuple[str, Any], ...] = ()
 
     @property
@@ -51,20 +52,30 @@ class Run:
         """The config of the run, without what is not set."""
         quant = {"method": self.method} | ({"bits": self.bits} if self.bits else {})
         optim = dict(self.optim) | ({"lr": self.lr} if self.lr else {})
-        return {"model": model, "quant": quant, "data": data, "optim": optim, "train": train}
+        return {
+            "model": model | dict(self.model),
+            "quant": quant,
+            "data": data,
+            "optim": optim,
+            "train": train,
+        }
 
 
-# The paper's 2,000 steps of warm-up would leave these short runs at a fraction of its rate, so here `paper`
-# warms up for a tenth of the run.
+# `paper` as published is made for 768 inputs and more and for 2,000 steps of warm-up. In these short runs it
+# warms up for a tenth of the run; and where a model is narrow, its weights start at 1/sqrt(width) instead of
+# 0.02, because otherwise a head on the grid, whose scale never grows, has logits too small to say anything
+# (micro, ternary, 1.5M tokens, best of three rates: 4.90 nats at 0.02).
 
 
 def formats_suite() -> tuple[list[Run], dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Every method and bit width once, at the recipe's learning rate."""
-    short_warmup = (("warmup_steps", 20),)
+    short_warmup = (("warmup_steps", 6),)
     runs = [Run(method, bits) for method in ("strict", "residual") for bits in BITS]
-    runs += [Run("paper", bits, optim=short_warmup) for bits in BITS[1:]]
+    wider = (("initializer_range", 256**-0.5),)
+    runs += [Run("paper", bits, 2e-3, wider, short_warmup) for bits in BITS[1:]]
     runs += [Run(method, None) for method in ("fp32", "bf16", "bitnet")]
-    return runs, {"preset": "tiny"}, {"steps": 200, "batch_size": 4, "eval_every": 200}, {}
+    train = {"steps": 60, "seq_len": 128, "batch_size": 8, "eval_every": 60}
+    return runs, {"preset": "tiny"}, train, {"vocab_size": 512}
 
 
 def tuned_suite() -> tuple[list[Run], dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -72,14 +83,19 @@ def tuned_suite() -> tuple[list[Run], dict[str, Any], dict[str, Any], dict[str, 
     grids: dict[tuple[str, str | None], tuple[float, float, float]] = {
         ("fp32", None): (1.25e-3, 2.5e-3, 5e-3),
         ("bitnet", None): (1.5e-3, 3e-3, 6e-3),
-        ("paper", "ternary"): (5e-4, 1.5e-3, 4e-3),
-        ("paper", "8"): (5e-4, 1.5e-3, 4e-3),
         ("strict", "8"): (1.25e-3, 2.5e-3, 5e-3),
         ("strict", "4"): (1.25e-3, 2.5e-3, 5e-3),
         ("residual", "ternary"): (2.5e-3, 4e-3, 6e-3),
+        ("paper", "ternary"): (5e-4, 1.5e-3, 4e-3),
+        ("paper", "8"): (5e-4, 1.5e-3, 4e-3),
     }
     warmup = (("warmup_steps", 150),)
-    runs = [Run(method, bits, lr, warmup) for (method, bits), rates in grids.items() for lr in rates]
+    wider = (("initializer_range", 128**-0.5),)
+    runs = [
+        Run(method, bits, lr, wider if method == "paper" else (), warmup)
+        for (method, bits), rates in grids.items()
+        for lr in rates
+    ]
     model = {"preset": "micro"}
     train = {"steps": 1500, "batch_size": 8, "eval_every": 1500, "eval_windows": 400}
     return runs, model, train, {"vocab_size": 512}
