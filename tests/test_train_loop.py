@@ -96,21 +96,27 @@ def test_another_seed_is_another_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "bits"),
-    [("residual", "ternary"), ("strict", "8"), ("fp32", None), ("bitnet", None), ("bf16", None)],
+    ("method", "bits", "lr"),
+    [
+        ("residual", "ternary", 1e-2),
+        ("strict", "8", 5e-3),
+        ("fp32", None, 1e-2),
+        ("bitnet", None, 1e-2),
+        ("bf16", None, 1e-2),
+    ],
 )
-def test_it_learns(method: str, bits: str | None, tmp_path: Path) -> None:
+def test_it_learns(method: str, bits: str | None, lr: float, tmp_path: Path) -> None:
     result = run_micro(
         tmp_path,
         quant__method=method,
         quant__bits=bits,
         model__hidden_size=64,
-        train__steps=120,
+        train__steps=200,
         train__seq_len=32,
         train__batch_size=8,
-        train__eval_every=120,
+        train__eval_every=200,
         train__eval_windows=20,
-        optim__lr=1e-2,
+        optim__lr=lr,
     )
     assert result.evaluation.loss < result.unigram_nats - 0.2
 
