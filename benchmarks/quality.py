@@ -69,12 +69,12 @@ class Run:
 
 def formats_suite() -> tuple[list[Run], dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Every method and bit width once, at the recipe's learning rate."""
-    short_warmup = (("warmup_steps", 11),)
+    short_warmup = (("warmup_steps", 30),)
     runs = [Run(method, bits) for method in ("strict", "residual") for bits in BITS]
     wider = (("initializer_range", 256**-0.5),)
     runs += [Run(method, None) for method in ("fp32", "bf16", "bitnet")]
     runs += [Run("paper", bits, 2e-3, wider, short_warmup) for bits in BITS[1:]]
-    train = {"steps": 110, "seq_len": 128, "batch_size": 4, "eval_every": 110}
+    train = {"steps": 300, "seq_len": 128, "batch_size": 8, "eval_every": 300}
     return runs, {"preset": "tiny"}, train, {"vocab_size": 512}
 
 
