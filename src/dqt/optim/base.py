@@ -93,13 +93,17 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         self._check_gradients()
         self._stats = WriteBackStats()
         for name, parameter, group in self._with_gradient():
-            state = self.state[parameter]
-            state["step"] = state.get("step", 0) + 1
-            if isinstance(parameter, QuantizedTensor):
-                self._step_quantized(name, parameter, state, group)
-            else:
-                self._step_float(parameter, state, group)
+            self.update_parameter(name, parameter, group)
         return loss
+
+    def update_parameter(self, name: str, parameter: Tensor, group: dict[str, Any]) -> None:
+        """Updates one parameter with its gradient, which the caller has checked to be finite."""
+        state = self.state[parameter]
+        state["step"] = state.get("step", 0) + 1
+        if isinstance(parameter, QuantizedTensor):
+            self._step_quantized(name, parameter, state, group)
+        else:
+            self._step_float(parameter, state, group)
 
     def _with_gradient(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         for group in self.param_groups:
