@@ -5,7 +5,18 @@ import torch
 from torch import nn
 
 from dqt.errors import ConfigError
-from dqt.models import ARCHITECTURES, PRESETS, build_config, build_model, count_parameters
+from dqt.models import (
+    ARCHITECTURES,
+    PRESETS,
+    Initializer,
+    build_config,
+    build_model,
+    build_with_recipe,
+    count_parameters,
+    empty_model,
+)
+from dqt.recipes import prepare_model_, recipe_for
+from dqt.tensor import QuantizedTensor
 
 # name: (least and most parameters in all, in millions), linear weights
 SIZES = {
@@ -121,3 +132,65 @@ def test_init_gain_redraws_the_linear_layers_only() -> None:
             assert after.std().item() == pytest.approx(1.5 * before.shape[1] ** -0.5, rel=0.05)
         else:
             assert torch.equal(before, after), name
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("method", "bits", "rules", "tied"),
+    [
+        ("residual", "ternary", {"model.layers.0.*": 8, "*.up_proj": None}, True),
+        ("strict", "8", {"*embed*": 8, "lm_head": 8}, False),
+        ("strict", "8", {"lm_head": 8}, True),
+        ("paper", "4", None, True),
+        ("bitnet", None, None, False),
+        ("fp32", None, None, True),
+    ],
+)
+def test_module_by_module_gives_the_weights_of_the_whole_at_once(
+    arch: str, method: str, bits: str | None, rules: dict | None, tied: bool
+) -> None:
+    config = build_config("micro", arch, overrides={"tie_word_embeddings": tied})
+    recipe = recipe_for(method, bits)
+    whole = build_model(config, 3, recipe.init_gain)
+    report = prepare_model_(whole, recipe, rules)
+    model, its_report = build_with_recipe(config, recipe, rules, 3)
+    assert (its_report.converted, its_report.left) == (report.converted, report.left)
+    expected = whole.state_dict() | dict(whole.named_buffers())
+    found = model.state_dict() | dict(model.named_buffers())
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert model.training
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    tokens = torch.arange(64).reshape(2, 32)
+    assert torch.equal(model(tokens).logits, whole(tokens).logits)
+
+
+def test_one_float_weight_exists_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    most = 0
+    draw = Initializer.__call__
+
+    def watch(self: Initializer, name: str) -> None:
+        nonlocal most
+        draw(self, name)
+        linear = [m.weight for m in self.model.modules() if isinstance(m, nn.Linear) and m is not self.head]
+        floats = [w for w in linear if not w.is_meta and not isinstance(w, QuantizedTensor)]
+        most = max(most, len(floats))
+
+    monkeypatch.setattr(Initializer, "__call__", watch)
+    model, report = build_with_recipe(build_config("micro"), recipe_for())
+    assert most == 1
+    assert len(report.converted) == 14
+    assert not any(p.is_meta for p in model.parameters())
+
+
+def test_a_module_s_weights_depend_on_its_name_and_not_on_the_order() -> None:
+    config = build_config("micro")
+    model, other = empty_model(config), empty_model(config)
+    Initializer(model, seed=1).finish()
+    backwards = Initializer(other, seed=1)
+    for name, _ in reversed(list(other.named_modules())):
+        backwards(name)
+    for (name, first), second in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(first, second), name
+    first, second = (layer.mlp.up_proj.weight for layer in model.model.layers)
+    assert not torch.equal(first, second)

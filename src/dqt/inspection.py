@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dqt.memory import format_bytes
-from dqt.models import build_config, build_model
-from dqt.recipes import prepare_model_
+from dqt.models import build_config, build_with_recipe
 from dqt.tensor import QuantizedTensor
 from dqt.train import checkpoint, savedmodel, storage
 from dqt.train.checkpoint import list_checkpoints
@@ -140,8 +139,7 @@ def _inspect_checkpoint(path: Path) -> Inspection:
     model_config = build_config(
         config.model.preset, config.model.arch, vocab_size, config.train.seq_len, config.model.overrides
     )
-    model = build_model(model_config, seed=0)
-    prepare_model_(model, config.recipe(), config.quant.rules_to_bits)
+    model, _ = build_with_recipe(model_config, config.recipe(), config.quant.rules_to_bits)
     storage.load_model_tensors(model, path / checkpoint.MODEL)
     return inspect_model(model, [path / checkpoint.MODEL, path / checkpoint.OPTIMIZER])
 

@@ -17,6 +17,9 @@ multiples of 256 (`micro`: 128), which suit packed rows and vector units.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,6 +28,9 @@ from dqt.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    from dqt.quantize import QuantizeReport, Rule
+    from dqt.recipes import Recipe
 
 
 @dataclass(frozen=True)
@@ -142,24 +148,115 @@ def build_model(config: PreTrainedConfig, seed: int, init_gain: float | None = N
     Args:
         config: any config that `AutoModelForCausalLM` knows.
         seed: the weights are a function of the config and of it; the global random state is left alone.
-        init_gain: draws the weights of the layers' `nn.Linear`s anew, with a standard deviation of
-            init_gain / sqrt(in_features); None leaves them as `transformers` draws them (0.02 for all).
+        init_gain: see `Initializer`.
 
     Returns:
         The model, in training mode, on the CPU.
     """
+    model = empty_model(config)
+    Initializer(model, seed, init_gain).finish()
+    return model
+
+
+def build_with_recipe(
+    config: PreTrainedConfig, recipe: Recipe, rules: Mapping[str, Rule] | None = None, seed: int = 0
+) -> tuple[PreTrainedModel, QuantizeReport]:
+    """Builds a new model in the form that a recipe trains, one module at a time.
+
+    The weights are those of `build_model` and `prepare_model_` one after the other, bit for bit; but no more
+    than one weight is ever float that does not stay so, and of 7B parameters that is the difference between
+    3 GB and 27.
+
+    Args:
+        config: see `build_model`.
+        recipe: what the weights become.
+        rules: see `dqt.quantize_`.
+        seed: of the weights.
+
+    Returns:
+        The model, and what was converted and what was left.
+    """
+    from dqt.recipes import prepare_model_
+
+    model = empty_model(config)
+    initializer = Initializer(model, seed, recipe.init_gain)
+    report = prepare_model_(model, recipe, rules, initializer)
+    initializer.finish()
+    return model, report
+
+
+def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of any size that takes no memory, because its tensors are on the meta device.
+
+    It is in training mode, float32, with torch's fused attention, and wants an `Initializer`.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
-        if init_gain is not None:
-            head = model.get_output_embeddings()
-            for module in model.modules():
-                if isinstance(module, torch.nn.Linear) and module is not head:
-                    torch.nn.init.normal_(module.weight, std=init_gain * module.in_features**-0.5)
     return model.train()
+
+
+class Initializer:
+    """Gives a model on the meta device its first weights, one module at a time and in any order.
+
+    So a model that is quantized module by module never exists in float: `dqt.quantize_` calls this for a
+    module just before it packs its weight. What a module gets is a function of (seed, its name), by the
+    model class's own rule.
+
+    Args:
+        model: What `empty_model` gave; it is changed in place.
+        seed: Of the weights; the global random state is left alone.
+        init_gain: Draws the weights of the layers' `nn.Linear`s with a standard deviation of
+            init_gain / sqrt(in_features); None leaves it to `transformers` (0.02 for all).
+    """
+
+    def __init__(self, model: PreTrainedModel, seed: int, init_gain: float | None = None) -> None:
+        self.model, self.seed, self.init_gain = model, seed, init_gain
+        self.head = model.get_output_embeddings()
+
+    def __call__(self, name: str) -> None:
+        """Makes the tensors that a module itself holds real; shared ones become real in every module."""
+        import torch
+        from torch import nn
+
+        _return_freed_memory()
+        module = self.model.get_submodule(name)
+        for parameter in module.parameters(recurse=False):
+            torch.utils.swap_tensors(parameter, nn.Parameter(torch.empty_like(parameter, device="cpu")))
+        for buffer in module.buffers(recurse=False):
+            torch.utils.swap_tensors(buffer, nn.Buffer(torch.empty_like(buffer, device="cpu")))
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(_seed_of(self.seed, name))
+            if self.init_gain is not None and isinstance(module, nn.Linear) and module is not self.head:
+                nn.init.normal_(module.weight, std=self.init_gain * module.in_features**-0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            else:
+                self.model._init_weights(module)
+
+    def finish(self) -> None:
+        """Does so for every module that still has a tensor on the meta device."""
+        for name, module in self.model.named_modules():
+            if any(t.is_meta for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
+                self(name)
+        _return_freed_memory()
+
+
+def _return_freed_memory() -> None:
+    """Hands freed memory back to the system, where the C library can be asked to.
+
+    Packed weights settle in the holes that float ones leave behind, so that the next float one does not fit:
+    without this a model of 1B parameters ended up at 3.6 GB instead of 1.0.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _seed_of(seed: int, name: str) -> int:
+    """32 bits, which is all that torch's generator for the CPU takes of a seed."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=4).digest())
 
 
 def count_parameters(config: PreTrainedConfig) -> ParameterCount:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import fnmatch
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -73,6 +73,7 @@ def quantize_(
     headroom: float = 1.0,
     per_row: bool = False,
     products: Products = Products(),  # noqa: B008  frozen
+    materialize: Callable[[str], None] | None = None,
 ) -> QuantizeReport:
     """Replaces float weights by packed low-bit integers, in place.
 
@@ -87,6 +88,9 @@ def quantize_(
         per_row: One scale a row instead of one a tensor.
         products: Which products are integer. An output head that a rule converts gets float products, because
             its input is not quantized in the paper either.
+        materialize: For a model on the meta device: called with the name of a module that holds a weight,
+            just before it is converted, to make its tensors real. One float weight at a time exists then;
+            what stays float stays on the meta device.
 
     Returns:
         What was converted, what was left and why, and which rules matched nothing (also a warning).
@@ -105,7 +109,9 @@ def quantize_(
     head_weights = {id(head.weight) for head in output_heads(model)}
     unmatched = set(patterns)
 
-    for weight, sharing in _weights(model):
+    weights = _weights(model)
+    while weights:
+        weight, sharing = weights.pop(0)  # not kept in the list, so that a float weight is freed when packed
         matching = [p for p in patterns if any(fnmatch.fnmatchcase(name, p) for name in sharing)]
         unmatched.difference_update(matching)
         is_head = id(weight) in head_weights
@@ -115,6 +121,8 @@ def quantize_(
         if target is None:
             report.left.append(Left(full_name, shape, weight.nbytes, reason))
             continue
+        if materialize is not None:
+            materialize(next(iter(sharing)))
         rule = scale_rule or default_scale_rule(target)
         scale = _scale(full_name, weight, target, rule, headroom, per_row)
         quantized = QuantizedTensor.from_float(weight, scale, target, FLOAT_PRODUCTS if is_head else products)

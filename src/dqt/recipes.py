@@ -14,7 +14,7 @@ residual). Each default below stands with the measurement that chose it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -197,7 +197,10 @@ _FLOAT_RECIPES = {method: Recipe(method=method, bits=None, lr=2.5e-3) for method
 
 
 def prepare_model_(
-    model: nn.Module, recipe: Recipe, rules: Mapping[str, Rule] | None = None
+    model: nn.Module,
+    recipe: Recipe,
+    rules: Mapping[str, Rule] | None = None,
+    materialize: Callable[[str], None] | None = None,
 ) -> QuantizeReport:
     """Puts a recipe's weights into a model, in place.
 
@@ -205,6 +208,7 @@ def prepare_model_(
         model: A float model.
         recipe: What to do with it.
         rules: Name patterns to bits, or None to leave float; see `dqt.quantize_`. Low-bit methods only.
+        materialize: Makes a module of a model on the meta device real; see `dqt.quantize_`.
 
     Returns:
         What was converted and what was left.
@@ -227,6 +231,7 @@ def prepare_model_(
         headroom=recipe.headroom,
         per_row=recipe.per_row,
         products=recipe.products,
+        materialize=materialize,
     )
 
 

@@ -27,7 +27,7 @@ from torch import nn
 from dqt.baselines import bitnet_
 from dqt.data.tokenizer import TextTokenizer, load_tokenizer
 from dqt.errors import DqtError, ModelError
-from dqt.models import build_model
+from dqt.models import Initializer, empty_model
 from dqt.nn import set_quantized_weight
 from dqt.numerics.formats import parse_bits
 from dqt.numerics.packing import packed_size
@@ -140,7 +140,7 @@ def _rebuild(path: Path, info: Mapping[str, Any]) -> PreTrainedModel:
     from transformers import AutoConfig
 
     try:
-        model = build_model(AutoConfig.from_pretrained(path, local_files_only=True), seed=0)
+        model = empty_model(AutoConfig.from_pretrained(path, local_files_only=True))
     except DqtError:
         raise
     except Exception as error:  # whatever transformers makes of a config that it can't read
@@ -150,6 +150,7 @@ def _rebuild(path: Path, info: Mapping[str, Any]) -> PreTrainedModel:
             bitnet_(model)
         for name, entry in info["tensors"].items():
             _make_low_bit(model, name, entry)
+        Initializer(model, seed=0).finish()
     except (KeyError, TypeError, AttributeError, ValueError, DqtError) as error:
         raise ModelError(f"{path / INFO} does not fit the model: {error!r}") from error
     return model

@@ -27,8 +27,8 @@ from dqt.data.tokenizer import load_tokenizer
 from dqt.errors import NonFiniteError
 from dqt.evaluate import Evaluation, evaluate
 from dqt.memory import MemoryTable, measure, peak_memory, process_memory
-from dqt.models import build_config, build_model, count_parameters
-from dqt.recipes import autocast, build_optimizer, prepare_model_
+from dqt.models import build_config, build_with_recipe, count_parameters
+from dqt.recipes import autocast, build_optimizer
 from dqt.sampling import continue_text
 from dqt.train.checkpoint import prune, remove_later, restore, save_checkpoint
 from dqt.train.config import Config
@@ -87,8 +87,9 @@ class Trainer:
         self.recipe = config.recipe()
         self.steps, self.batch_size = required(train.steps), required(train.batch_size)
         self.accumulation, self.seq_len = required(train.accumulation), required(train.seq_len)
-        self.model = build_model(model_config(config, corpus), train.seed, self.recipe.init_gain)
-        self.quantized = prepare_model_(self.model, self.recipe, config.quant.rules_to_bits)
+        self.model, self.quantized = build_with_recipe(
+            model_config(config, corpus), self.recipe, config.quant.rules_to_bits, train.seed
+        )
         if train.activation_checkpointing:
             with warnings.catch_warnings():  # transformers 5 has a new name for it, and both work until 6
                 warnings.simplefilter("ignore", FutureWarning)
