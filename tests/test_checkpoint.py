@@ -20,6 +20,7 @@ from train_helpers import assert_same_tensors, metrics_of, run_micro, without_ti
 METHODS: list[dict[str, Any]] = [
     {"quant__bits": "ternary"},
     {"quant__bits": "8", "train__accumulation": 2},
+    {"quant__bits": "ternary", "train__gradient_release": True},
     {"quant__bits": "1", "quant__method": "strict", "model__tie_word_embeddings": False},
     {
         "quant__bits": "4",

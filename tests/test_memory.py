@@ -8,6 +8,8 @@ import torch
 from dqt.errors import DqtError
 from dqt.memory import estimate, explain_out_of_memory, format_bytes, measure, peak_memory, process_memory
 from dqt.models import build_config, build_model
+from dqt.optim import GradientRelease
+from dqt.optim.base import QuantizedOptimizer
 from dqt.recipes import build_optimizer, prepare_model_, recipe_for
 from dqt.tensor import QuantizedTensor
 from dqt.train.losses import language_model_loss
@@ -54,6 +56,17 @@ def test_measured_bytes(method: str, bits: str | None, weights: int, state: int 
     assert table.total.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert table.total.total == sum(row.total for row in table.rows)
     assert str(table).count("\n") == 4
+
+
+def test_with_gradient_release_the_largest_gradient_counts() -> None:
+    model, optimizer = step("residual", "ternary")
+    optimizer.zero_grad()
+    assert isinstance(optimizer, QuantizedOptimizer)
+    GradientRelease(optimizer)
+    table = measure(model, optimizer)
+    assert [row.gradients for row in table.rows] == [4 * 64 * 128, 4 * EMBEDDING, 4 * 64]
+    assert table.total.gradients == 4 * max(64 * 128, EMBEDDING)
+    assert table.to_dict()[-1]["gradients"] == table.total.gradients
 
 
 @pytest.mark.parametrize(("method", "bits"), [case[:2] for case in CASES])

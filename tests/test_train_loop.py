@@ -168,7 +168,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(value: float, tmp_pat
     norm = trainer.model.model.norm.weight
     norm.data[0] = value
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-    with pytest.raises(NonFiniteError, match=r"the loss is nan at step 2 \(samples 2 to 3\)"):
+    with pytest.raises(NonFiniteError, match=r"step 2: the loss is nan \(samples 2 to 3\)"):
         trainer.train_step(telemetry=False)
     for name, tensor in trainer.model.state_dict().items():
         assert torch.equal(tensor.nan_to_num(), before[name].nan_to_num())

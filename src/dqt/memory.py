@@ -42,7 +42,7 @@ class MemoryRow:
         category: One of `CATEGORIES`, or "total".
         parameters: How many; a tied one counts once.
         weights: Bytes of the weights as stored: codes and scales, or floats.
-        gradients: Bytes of the gradients that live at the same time.
+        gradients: Bytes of the gradients that live at the same time; with gradient release, of the largest.
         optimizer: Bytes of the optimizer's state.
     """
 
@@ -65,15 +65,23 @@ class MemoryRow:
 
 @dataclass(frozen=True)
 class MemoryTable:
-    """What `measure` found: one row for each category that the model has."""
+    """What `measure` found.
+
+    Attributes:
+        rows: One for each category that the model has.
+        released: Whether gradients are freed one by one, so that only the largest of all counts.
+    """
 
     rows: tuple[MemoryRow, ...]
+    released: bool = False
 
     @property
     def total(self) -> MemoryRow:
-        """The sum of all rows."""
-        sums = [sum(getattr(row, name) for row in self.rows) for name in _COUNTS]
-        return MemoryRow("total", *sums)
+        """All rows together."""
+        sums = {name: sum(getattr(row, name) for row in self.rows) for name in _COUNTS}
+        if self.released:
+            sums["gradients"] = max((row.gradients for row in self.rows), default=0)
+        return MemoryRow("total", **sums)
 
     def to_dict(self) -> list[dict[str, Any]]:
         """Rows and total, for JSON."""
@@ -95,7 +103,11 @@ _COUNTS = ("parameters", "weights", "gradients", "optimizer")
 
 
 def measure(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> MemoryTable:
-    """Adds up the live tensors; call it between `step` and `zero_grad`, when all of them are there."""
+    """Adds up the live tensors; call it between `step` and `zero_grad`, when all of them are there.
+
+    With gradient release none is there then, and the largest one of each category counts.
+    """
+    released = getattr(optimizer, "release", None) is not None
     linear = {id(module.weight) for _, module in linear_modules(model)}
     embeddings = {
         id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Embedding)
@@ -106,10 +118,13 @@ def measure(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
         row = sums[CATEGORIES[0] if id(parameter) in linear else matrix]
         row["parameters"] += parameter.numel()
         row["weights"] += parameter_bytes(parameter)
-        row["gradients"] += 0 if parameter.grad is None else parameter.grad.nbytes
+        if released and parameter.requires_grad:
+            row["gradients"] = max(row["gradients"], parameter.numel() * parameter.element_size())
+        elif parameter.grad is not None:
+            row["gradients"] += parameter.grad.nbytes
         row["optimizer"] += _tensor_bytes(optimizer.state.get(parameter, {})) if optimizer else 0
     rows = (MemoryRow(category, **row) for category, row in sums.items() if row["parameters"])
-    return MemoryTable(tuple(rows))
+    return MemoryTable(tuple(rows), released)
 
 
 def parameter_bytes(parameter: Tensor) -> int:

@@ -48,6 +48,7 @@ class Recipe:
         warmup_steps: Steps of linear warm-up; None means a tenth of the run.
         schedule: Decay after it: "cosine", "linear" or "wsd".
         grad_clip: Global gradient norm to clip to; 0 does not clip.
+        clip_update: Clip of each tensor's step, see `AdamW`; 0 does not clip.
         betas: Moment decay of low-bit weights; a first one of 0 keeps no first moment.
         float_betas: Moment decay of float parameters.
         eps: Of the optimizer.
@@ -71,6 +72,7 @@ class Recipe:
     warmup_steps: int | None = None
     schedule: str = "cosine"
     grad_clip: float = 1.0
+    clip_update: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     float_betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -97,6 +99,8 @@ class Recipe:
             raise ConfigError(
                 "method residual needs residual_bits of 2 to 8 or 16; with 0 it is method strict"
             )
+        if self.method == "paper" and self.clip_update:
+            raise ConfigError("method paper has no clip_update: it is the published step")
         if self.init_gain is not None and not 0 < self.init_gain <= 100:
             raise ConfigError(f"init_gain={self.init_gain} must be above 0, and 100 at the most")
         if self.method == "paper" and self.bits == "1":
@@ -263,6 +267,7 @@ def build_optimizer(
         hysteresis=recipe.hysteresis,
         second_moment=recipe.second_moment,
         rounding=recipe.rounding,
+        clip_update=recipe.clip_update,
     )
 
 

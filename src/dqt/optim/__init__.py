@@ -2,5 +2,6 @@
 
 from dqt.optim.adamw import AdamW
 from dqt.optim.paper import PaperAdamW
+from dqt.optim.release import GradientRelease
 
-__all__ = ["AdamW", "PaperAdamW"]
+__all__ = ["AdamW", "GradientRelease", "PaperAdamW"]

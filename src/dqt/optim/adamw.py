@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dqt import ops
 from dqt.errors import ConfigError, did_you_mean
 from dqt.numerics import philox
 from dqt.optim.base import QuantizedOptimizer
@@ -27,7 +28,9 @@ from dqt.optim.moments import (
     first_moment_rows,
     init_moments,
     is_factored,
+    ordered_mean,
     second_moment_rows,
+    update_clip,
     update_factors,
 )
 from dqt.optim.writeback import DEFAULT_HYSTERESIS
@@ -51,6 +54,9 @@ class AdamW(QuantizedOptimizer):
         second_moment: "full", or "factored" for matrices.
         rounding: "stochastic", or "nearest" (which changes no code in strict low-bit training; for
             comparisons).
+        clip_update: Limits each tensor's step: its direction is divided by what the gradient's root mean
+            square, over the running one, has above this number; 0 does not clip. For gradient release, where
+            the global norm can't be clipped.
 
     Raises:
         ConfigError: If parameters are unnamed, or a setting makes no sense.
@@ -69,6 +75,7 @@ class AdamW(QuantizedOptimizer):
         hysteresis: float = DEFAULT_HYSTERESIS,
         second_moment: str = "full",
         rounding: str = "stochastic",
+        clip_update: float = 0.0,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -80,6 +87,7 @@ class AdamW(QuantizedOptimizer):
             "hysteresis": hysteresis,
             "second_moment": second_moment,
             "rounding": rounding,
+            "clip_update": clip_update,
         }
         super().__init__(named_parameters, defaults)
 
@@ -89,6 +97,8 @@ class AdamW(QuantizedOptimizer):
             raise ConfigError(f"betas={group['betas']} must be in [0, 1)")
         if not group["eps"] > 0.0:
             raise ConfigError(f"eps={group['eps']} must be positive")
+        if not 0.0 <= group["clip_update"] < float("inf"):
+            raise ConfigError(f"clip_update={group['clip_update']} must be finite and not negative")
         kind = group["second_moment"]
         if kind not in SECOND_MOMENTS:
             raise ConfigError(f"unknown second_moment {kind!r}; {did_you_mean(kind, SECOND_MOMENTS)}")
@@ -99,7 +109,12 @@ class AdamW(QuantizedOptimizer):
         kind = "factored" if is_factored(group["second_moment"], shape) else "full"
         if state["step"] == 1:
             init_moments(state, grad, group["betas"][0], kind)
-        return update_factors(state, grad, group["betas"][1]) if kind == "factored" else None
+        if kind == "full" and not group["clip_update"]:
+            return None
+        means = ops.mean_squares(grad.float().contiguous())
+        if group["clip_update"]:
+            update_clip(state, float(ordered_mean(means[0])), group["betas"][1], group["clip_update"])
+        return update_factors(state, means, group["betas"][1]) if kind == "factored" else None
 
     def direction(
         self,
@@ -110,7 +125,7 @@ class AdamW(QuantizedOptimizer):
         rows: slice,
     ) -> Tensor:
         beta1, beta2 = group["betas"]
-        correction1, sqrt_correction2 = bias_corrections(group, state["step"])
+        correction1, sqrt_correction2 = corrections(group, state)
         m = first_moment_rows(state, grad, rows, beta1)
         v = second_moment_rows(state, factors, grad, rows, beta2)
         return m / exact_sqrt(v).div_(sqrt_correction2).add_(group["eps"]).mul_(correction1)
@@ -133,7 +148,7 @@ class AdamW(QuantizedOptimizer):
             lr=group["lr"],
             weight_decay=group["weight_decay"],
             betas=group["betas"],
-            corrections=bias_corrections(group, state["step"]),
+            corrections=corrections(group, state),
             eps=group["eps"],
             residual_bits=residual_bits,
             hysteresis=group["hysteresis"],
@@ -143,7 +158,12 @@ class AdamW(QuantizedOptimizer):
         )
 
 
-def bias_corrections(group: dict[str, Any], step: int) -> tuple[float, float]:
-    """1 - beta1**step, and the root of 1 - beta2**step."""
+def corrections(group: dict[str, Any], state: dict[str, Any]) -> tuple[float, float]:
+    """What the first moment, and the root of the second, are divided by.
+
+    1 - beta1**t, times what an update clip divides the direction by, and the root of 1 - beta2**t.
+    """
     beta1, beta2 = group["betas"]
-    return 1 - beta1**step, math.sqrt(1 - beta2**step)
+    step = state["step"]
+    clip = state["clip"] if group["clip_update"] else 1.0
+    return (1 - beta1**step) * clip, math.sqrt(1 - beta2**step)

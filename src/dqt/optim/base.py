@@ -9,13 +9,14 @@ parameters nor the number of processes changes a result.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from dqt.errors import ConfigError, NonFiniteError, did_you_mean
+from dqt.errors import ConfigError, DqtError, NonFiniteError, did_you_mean
 from dqt.numerics import philox
 from dqt.numerics.rounding import ROUNDINGS
 from dqt.optim.writeback import (
@@ -27,12 +28,23 @@ from dqt.optim.writeback import (
 )
 from dqt.tensor import QuantizedTensor
 
+if TYPE_CHECKING:
+    from dqt.optim.release import GradientRelease
+
 BLOCK_ELEMENTS = 2**16
 """Elements a write-back handles at a time: its int64 temporaries of half a MB stay in a core's L2 cache."""
 
 
 class QuantizedOptimizer(torch.optim.Optimizer):
-    """Base of the optimizers that train low-bit weights in place, and float parameters beside them."""
+    """Base of the optimizers that train low-bit weights in place, and float parameters beside them.
+
+    Attributes:
+        collect_telemetry: Whether steps count what happens to the codes.
+        release: What updates the parameters inside the backward pass, or None; see `GradientRelease`.
+    """
+
+    release: GradientRelease | None = None
+    _lost_release = False
 
     def __init__(self, named_parameters: Iterable[Any], defaults: dict[str, Any]) -> None:
         super().__init__(named_parameters, defaults)
@@ -90,38 +102,61 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_gradients()
-        self._stats = WriteBackStats()
-        for name, parameter, group in self._with_gradient():
+        if self._lost_release:
+            raise DqtError(
+                "this optimizer is a copy of one with gradient release, and a copy has no hooks: make a "
+                "GradientRelease for it"
+            )
+        if self.release is not None:
+            self.release.end_step()
+            return loss
+        for name, parameter, _ in self.with_gradient():
+            self.check_gradient(name, parameter)
+        self.begin_step()
+        for name, parameter, group in self.with_gradient():
             self.update_parameter(name, parameter, group)
         return loss
 
+    def with_gradient(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
+        """Name, parameter and group of every parameter that has a gradient."""
+        for group in self.param_groups:
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                if parameter.grad is not None:
+                    yield name, parameter, group
+
+    def check_gradient(
+        self, name: str, parameter: Tensor, unchanged: str = "no parameter was changed"
+    ) -> float:
+        """The norm of a parameter's gradient.
+
+        Raises:
+            NonFiniteError: If it holds NaN or Inf, with `unchanged` in the message.
+        """
+        grad = parameter.grad
+        assert grad is not None
+        # A norm is not finite if an element is not, or where a square overflows, which Adam divides by.
+        norm = float(torch.linalg.vector_norm(grad))
+        if not math.isfinite(norm):
+            bad = int((~grad.isfinite()).sum())
+            what = f"{bad} NaN or Inf of {grad.numel()} elements" if bad else "values too large to square"
+            raise NonFiniteError(
+                f"the gradient of {name} holds {what}; {unchanged}. Lower the learning rate, or look at the "
+                "batch"
+            )
+        return norm
+
+    def begin_step(self) -> None:
+        """Called before the first parameter of a step is updated."""
+        self._stats = WriteBackStats()
+
     def update_parameter(self, name: str, parameter: Tensor, group: dict[str, Any]) -> None:
-        """Updates one parameter with its gradient, which the caller has checked to be finite."""
+        """Takes one parameter's step; its gradient has been checked."""
         state = self.state[parameter]
         state["step"] = state.get("step", 0) + 1
         if isinstance(parameter, QuantizedTensor):
             self._step_quantized(name, parameter, state, group)
         else:
             self._step_float(parameter, state, group)
-
-    def _with_gradient(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
-        for group in self.param_groups:
-            for name, parameter in zip(group["param_names"], group["params"], strict=True):
-                if parameter.grad is not None:
-                    yield name, parameter, group
-
-    def _check_gradients(self) -> None:
-        for name, parameter, _ in self._with_gradient():
-            grad = parameter.grad
-            # A norm is not finite if an element is not, or where a square overflows, which Adam divides by.
-            if grad is not None and not torch.linalg.vector_norm(grad).isfinite():
-                bad = int((~grad.isfinite()).sum())
-                what = f"{bad} NaN or Inf of {grad.numel()} elements" if bad else "values too large to square"
-                raise NonFiniteError(
-                    f"the gradient of {name} holds {what}; no parameter was changed. "
-                    "Lower the learning rate, or look at the batch"
-                )
 
     def _step_quantized(
         self, name: str, weight: QuantizedTensor, state: dict[str, Any], group: dict[str, Any]
@@ -216,6 +251,12 @@ class QuantizedOptimizer(torch.optim.Optimizer):
     def telemetry(self) -> dict[str, float | None]:
         """Flip rate, shares of saturated and zero codes, and residual spread of the last step."""
         return self._stats.summary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What `copy.deepcopy` takes; hooks stay with the parameters that they were put on."""
+        lost = self.release is not None or self._lost_release
+        own = {"collect_telemetry": self.collect_telemetry, "_stats": self._stats, "_lost_release": lost}
+        return {**super().__getstate__(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` gave, every tensor in the dtype it was saved in.

@@ -45,7 +45,7 @@ def adam_update(
         lr: Learning rate.
         weight_decay: Decoupled weight decay.
         betas: Moment decays.
-        corrections: See `bias_corrections`.
+        corrections: See `dqt.optim.adamw.corrections`.
         eps: Added to the root of the second moment.
         residual_bits: 0 is strict.
         hysteresis: h, in grid steps.

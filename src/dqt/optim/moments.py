@@ -13,12 +13,11 @@ cache.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from dqt import ops
 
 SECOND_MOMENTS = ("full", "factored")
 
@@ -39,19 +38,50 @@ def init_moments(state: dict[str, Any], grad: Tensor, beta1: float, second_momen
         state["exp_avg_sq"] = torch.zeros_like(grad, dtype=torch.float32)
 
 
-def update_factors(state: dict[str, Any], grad: Tensor, beta2: float) -> tuple[Tensor, Tensor]:
+def update_factors(
+    state: dict[str, Any], means: tuple[Tensor, Tensor], beta2: float
+) -> tuple[Tensor, Tensor]:
     """First pass of a factored second moment: brings the averages of row and column mean squares up to date.
+
+    Args:
+        state: Has the averages.
+        means: Mean squares of the gradient's rows and columns.
+        beta2: Decay.
 
     Returns:
         Row factor [rows] and column factor [columns], whose products are the second moment.
     """
     row, column = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
-    row_mean, column_mean = ops.mean_squares(grad.float().contiguous())
-    row.mul_(beta2).add_(row_mean * (1 - beta2))
-    column.mul_(beta2).add_(column_mean * (1 - beta2))
-    # torch splits longer sums over threads, which would make the result depend on their number.
-    mean = sum(part.sum() for part in row.split(16384)) / row.numel()
-    return row / mean.clamp_min(torch.finfo(torch.float32).tiny), column
+    row.mul_(beta2).add_(means[0] * (1 - beta2))
+    column.mul_(beta2).add_(means[1] * (1 - beta2))
+    return row / ordered_mean(row).clamp_min(torch.finfo(torch.float32).tiny), column
+
+
+def update_clip(state: dict[str, Any], mean_square: float, beta2: float, limit: float) -> None:
+    """Sets `state["clip"]`, what the update direction is divided by: max(1, ratio / limit).
+
+    ratio is the root mean square of the gradient over its running one, both over the whole tensor. It stands
+    for the root mean square of the direction g / sqrt(v) that Adafactor (arXiv 1804.04235, section 6) and
+    StableAdamW (2304.13013) clip by: with the tensor's mean of v in place of each element's, it is known
+    before the first element is updated, without another pass of roots and divisions.
+
+    Args:
+        state: Keeps the running mean of squares, a number, beside the moments.
+        mean_square: Of the gradient.
+        beta2: Decay of the second moment.
+        limit: Adafactor's d.
+    """
+    step = state["step"]
+    before = state.get("mean_square", mean_square * (1 - beta2 ** (step - 1)))  # switched on in mid run
+    running = before * beta2 + mean_square * (1 - beta2)
+    corrected = running / (1 - beta2**step)
+    ratio = math.sqrt(mean_square / corrected) if corrected else 0.0
+    state["mean_square"], state["clip"] = running, max(1.0, ratio / limit)
+
+
+def ordered_mean(values: Tensor) -> Tensor:
+    """Mean of a vector, in an order that the number of threads does not change; torch splits longer sums."""
+    return torch.as_tensor(sum(part.sum() for part in values.split(16384)) / values.numel())
 
 
 # The products and sums below are separate operations on purpose: torch's lerp_, addcmul_ and add_(alpha=)

@@ -62,16 +62,18 @@ class PaperAdamW(AdamW):
                     "every parameter, so use dqt.quantize_(model, rules={'*': bits}, scale_rule='paper')"
                 )
 
-    def _check_gradients(self) -> None:
-        super()._check_gradients()
-        for name, weight, _ in self._with_gradient():
-            assert isinstance(weight, QuantizedTensor)
-            if largest_code(weight) <= 0:
-                raise DqtError(
-                    f"{name} has no positive weight left at step {self.state[weight].get('step', 0) + 1}, so "
-                    "the paper's scale, taken from the signed maximum, is undefined; no parameter was "
-                    "changed. Lower the learning rate, or use another method"
-                )
+    def check_gradient(
+        self, name: str, parameter: Tensor, unchanged: str = "no parameter was changed"
+    ) -> float:
+        norm = super().check_gradient(name, parameter, unchanged)
+        assert isinstance(parameter, QuantizedTensor)
+        if largest_code(parameter) <= 0:
+            raise DqtError(
+                f"{name} has no positive weight left at step {self.state[parameter].get('step', 0) + 1}, so "
+                f"the paper's scale, taken from the signed maximum, is undefined; {unchanged}. Lower the "
+                "learning rate, or use another method"
+            )
+        return norm
 
     def _step_quantized(
         self, name: str, weight: QuantizedTensor, state: dict[str, Any], group: dict[str, Any]

@@ -34,6 +34,10 @@ LEAVE_FLOAT = "float"
 """What a rule says to leave a weight in float."""
 
 
+RELEASED_CLIP_UPDATE = 1.0
+"""`optim.clip_update` with gradient release, where the global norm can't be clipped; Adafactor's d."""
+
+
 @dataclass(frozen=True)
 class TrainingDefaults:
     """How long a preset trains unless told otherwise, and on how much a step."""
@@ -173,6 +177,7 @@ class OptimConfig(Section):
         weight_decay: Decoupled.
         second_moment: "full" or "factored".
         grad_clip: Global gradient norm to clip to; 0 does not clip.
+        clip_update: Clip of each tensor's step, see `dqt.optim.AdamW`; 0 does not clip.
         warmup_steps: None is the recipe's, or a tenth of the run.
         schedule: "cosine", "linear" or "wsd".
         decay_fraction: Share of the run that decays, for "wsd".
@@ -188,13 +193,14 @@ class OptimConfig(Section):
     weight_decay: float | None = None
     second_moment: str | None = None
     grad_clip: float | None = None
+    clip_update: float | None = None
     warmup_steps: int | None = None
     schedule: str | None = None
     decay_fraction: float = 0.2
     final_lr_fraction: float = 0.0
 
     def _validate(self) -> None:
-        self._at_least(0, "weight_decay", "grad_clip", "warmup_steps")
+        self._at_least(0, "weight_decay", "grad_clip", "clip_update", "warmup_steps")
         for name in ("lr", "eps"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -223,6 +229,7 @@ class TrainConfig(Section):
         keep_checkpoints: How many of the newest are kept.
         log_every: Steps between lines of metrics.
         activation_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
+        gradient_release: Update each weight inside the backward pass, so that one gradient lives at a time.
         seed: Of weights, order of data, and rounding.
         threads: CPU threads; results may differ in the last bits between numbers of threads.
         out: The run's directory; None makes one under `runs/`.
@@ -242,6 +249,7 @@ class TrainConfig(Section):
     keep_checkpoints: int = 2
     log_every: int | None = None
     activation_checkpointing: bool | None = None
+    gradient_release: bool = False
     seed: int = 0
     threads: int | None = None
     out: str | None = None
@@ -275,6 +283,16 @@ class Config:
         steps, warmup = self.train.steps, self.optim.warmup_steps
         if steps is not None and warmup is not None and warmup >= steps and self.quant.method != "paper":
             raise ConfigError(f"optim.warmup_steps = {warmup} leaves none of train.steps = {steps}: lower it")
+        if self.train.gradient_release and self.optim.grad_clip:
+            raise ConfigError(
+                f"optim.grad_clip = {self.optim.grad_clip} needs all gradients at once, and "
+                "train.gradient_release frees each one: set optim.clip_update instead, or leave both out"
+            )
+        if self.train.gradient_release and (self.train.accumulation or 1) > 1:
+            raise ConfigError(
+                f"train.accumulation = {self.train.accumulation} adds gradients up, and "
+                "train.gradient_release frees each one: set train.accumulation = 1, or no gradient_release"
+            )
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], where: str = "the config") -> Config:
@@ -378,7 +396,7 @@ _QUANT_TO_RECIPE = (
 )
 _OPTIM_TO_RECIPE = (
     *("lr", "betas", "float_betas", "eps", "weight_decay", "second_moment"),
-    *("grad_clip", "warmup_steps", "schedule"),
+    *("grad_clip", "clip_update", "warmup_steps", "schedule"),
 )
 
 _SectionT = TypeVar("_SectionT", bound=Section)
@@ -403,6 +421,8 @@ def resolve(config: Config) -> Config:
     optim = {name: getattr(recipe, name) for name in _OPTIM_TO_RECIPE}
     if optim["warmup_steps"] is None:
         optim["warmup_steps"] = steps // 10
+    if config.train.gradient_release:  # there is no global norm to clip
+        optim |= {"grad_clip": 0.0, "clip_update": 0.0 if recipe.method == "paper" else RELEASED_CLIP_UPDATE}
     train = {
         "steps": steps,
         "seq_len": preset.seq_len,

@@ -21,7 +21,15 @@ AUTO = "auto"
 # These change how a run goes on, not what it is. [data] is compared by the hash of its tokens instead.
 MAY_CHANGE = {
     *("optim.lr", "optim.warmup_steps", "optim.schedule", "optim.decay_fraction", "optim.final_lr_fraction"),
-    *("optim.grad_clip", "train.steps", "train.eval_every", "train.eval_windows", "train.checkpoint_every"),
+    *(
+        "optim.grad_clip",
+        "optim.clip_update",
+        "train.gradient_release",
+        "train.steps",
+        "train.eval_every",
+        "train.eval_windows",
+        "train.checkpoint_every",
+    ),
     *("train.keep_checkpoints", "train.log_every", "train.activation_checkpointing", "train.threads"),
     *("train.out", "train.prompt", "train.sample_tokens"),
 }

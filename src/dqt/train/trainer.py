@@ -1,13 +1,14 @@
 """The training loop: one update after another, with reports, evaluations and checkpoints on the way.
 
 One update is `accumulation` forward and backward passes of `batch_size` sequences, a clip of the global
-gradient norm, and a step of the optimizer. Everything random is a function of (seed, step) or of (seed,
-sample index), so that a run that stops and goes on gives the codes, the optimizer's state and the losses of
-one that did not, bit for bit. What is not the same are times, and results between machines or numbers of
-threads, where float sums have another order.
+gradient norm, and a step of the optimizer; with gradient release, one pass that updates as it goes.
+Everything random is a function of (seed, step) or of (seed, sample index), so that a run that stops and goes
+on gives the codes, the optimizer's state and the losses of one that did not, bit for bit. What is not the
+same are times, and results between machines or numbers of threads, where float sums have another order.
 
-A loss that is NaN or Inf stops the run before the backward pass, such a gradient before the update; the last
-checkpoint stays. The price of looking at every loss is that the processor waits for a GPU once a pass.
+A loss that is NaN or Inf stops the run before the backward pass, such a gradient before the update (with
+gradient release before that of its own tensor); the last checkpoint stays. The price of looking at every loss
+is that the processor waits for a GPU once a pass.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from dqt.errors import NonFiniteError
 from dqt.evaluate import Evaluation, evaluate
 from dqt.memory import MemoryTable, measure, peak_memory, process_memory
 from dqt.models import build_config, build_with_recipe, count_parameters
+from dqt.optim import GradientRelease
 from dqt.recipes import autocast, build_optimizer
 from dqt.sampling import continue_text
 from dqt.train.checkpoint import prune, remove_later, restore, save_checkpoint
@@ -97,6 +99,7 @@ class Trainer:
                     gradient_checkpointing_kwargs={"use_reentrant": False}
                 )
         self.optimizer = build_optimizer(self.model, self.recipe, self.recipe.lr, train.seed)
+        self.release = GradientRelease(self.optimizer) if train.gradient_release else None
         self.sampler = Sampler(len(corpus.train), self.seq_len, train.seed)
         self.step = 0
         self.elapsed = 0.0
@@ -159,22 +162,9 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.collect_telemetry = telemetry
-        total = 0.0
-        for micro_batch in range(self.accumulation):
-            first = (self.step * self.accumulation + micro_batch) * self.batch_size
-            tokens = self.sampler.batch(self.corpus.train, first, self.batch_size).to(self.model.device)
-            with autocast(self.recipe, self.model.device.type):
-                loss = language_model_loss(self.model, tokens)
-            value = loss.item()
-            if not math.isfinite(value):
-                raise NonFiniteError(
-                    f"the loss is {value} at step {number} (samples {first} to {first + len(tokens) - 1}); "
-                    "this step changed nothing. Lower --lr, or go on from a checkpoint with a lower one"
-                )
-            (loss / self.accumulation).backward()
-            total += value
-        norm = self._clip()
         try:
+            losses = [self._backward(micro_batch) for micro_batch in range(self.accumulation)]
+            norm = self._clip() if self.release is None else self.release.norm
             self.optimizer.step()
         except NonFiniteError as error:
             raise NonFiniteError(f"step {number}: {error}") from error
@@ -182,7 +172,7 @@ class Trainer:
             self.memory = measure(self.model, self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         self.step = number
-        return {"loss": total / self.accumulation, "lr": lr, "grad_norm": norm}
+        return {"loss": sum(losses) / self.accumulation, "lr": lr, "grad_norm": norm}
 
     def evaluate(self) -> Evaluation:
         """Loss on the fixed windows of the held-out text; not measured twice at one step."""
@@ -318,6 +308,21 @@ class Trainer:
             optim.final_lr_fraction,
             optim.decay_fraction,
         )
+
+    def _backward(self, micro_batch: int) -> float:
+        """A forward and a backward pass; returns the loss."""
+        first = (self.step * self.accumulation + micro_batch) * self.batch_size
+        tokens = self.sampler.batch(self.corpus.train, first, self.batch_size).to(self.model.device)
+        with autocast(self.recipe, self.model.device.type):
+            loss = language_model_loss(self.model, tokens)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"the loss is {value} (samples {first} to {first + len(tokens) - 1}); this step changed "
+                "nothing. Lower --lr, or go on from a checkpoint with a lower one"
+            )
+        (loss / self.accumulation).backward()
+        return value
 
     def _clip(self) -> float:
         """Scales the gradients to the largest norm allowed; returns the norm before.
