@@ -2,7 +2,7 @@
 
 The three products of a linear layer, with per-token int8 activations as in the paper (x: [tokens, in]):
 
-    y  = s_x s_w (x_q W_qᵀ)              x quantized per token
+    y  = s_x s_w (x_q W_qᵀ) + b          x quantized per token
     dx = s_g s_w (g_q W_q)               g = dy, times a per-row s_w if there is one, quantized per token
     dW = s_n (n_qᵀ x_q)                  n = dy * s_x, quantized per output column
 
@@ -26,35 +26,38 @@ from dqt.tensor import QuantizedTensor, implements
 
 
 class _QuantizedLinear(torch.autograd.Function):
-    """y = x Wᵀ for x [tokens, in] and a `QuantizedTensor` W [out, in]; each product integer or float."""
+    """y = x Wᵀ + b for x [tokens, in], a `QuantizedTensor` W [out, in]; each product integer or float."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: QuantizedTensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
         products = weight.products
         save_int8 = products.forward == "int8" or products.grad_weight == "int8"
         x_q, x_scale = ops.quantize_rows(x) if save_int8 else (x, None)
         # Saving the codes themselves lets autograd notice when they change before the backward pass.
         ctx.save_for_backward(x_q, x_scale, weight.codes, weight.scale)
         ctx.weight, ctx.x_dtype = weight, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
         if products.forward == "float":
-            return x @ weight.dequantize().to(x.dtype).T
+            return F.linear(x, weight.dequantize().to(x.dtype), None if bias is None else bias.to(x.dtype))
         assert x_scale is not None
         codes, scale = weight.product_codes()
         product = ops.int_mm(x_q, codes.T)
         if scale.ndim == 0:
-            return ops.scale_product(product, x_scale * scale).to(x.dtype)
-        return ops.scale_product(product, x_scale, scale.flatten()).to(x.dtype)
+            return ops.scale_product(product, x_scale * scale, None, bias).to(x.dtype)
+        return ops.scale_product(product, x_scale, scale.flatten(), bias).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x_q, x_scale, *_ = ctx.saved_tensors
         weight: QuantizedTensor = ctx.weight
-        grad_x = grad_weight = None
+        grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = _grad_input(dy, weight).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
             grad_weight = _grad_weight(dy, x_q, x_scale, weight.products.grad_weight).to(weight.dtype)
-        return grad_x, grad_weight
+        if ctx.needs_input_grad[2]:
+            grad_bias = dy.sum(0).to(ctx.bias_dtype)
+        return grad_x, grad_weight, grad_bias
 
 
 def _grad_input(dy: Tensor, weight: QuantizedTensor) -> Tensor:
@@ -96,8 +99,7 @@ def quantized_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) 
     # Products are explicit about their dtypes; autocast must not change them inside.
     with torch.autocast(device, enabled=False):
         tokens = input.reshape(input.shape[:-1].numel(), input.shape[-1])
-        y = _QuantizedLinear.apply(tokens, weight).view(*input.shape[:-1], weight.shape[0])
-        return y if bias is None else y + bias.to(y.dtype)
+        return _QuantizedLinear.apply(tokens, weight, bias).view(*input.shape[:-1], weight.shape[0])
 
 
 class _QuantizedEmbedding(torch.autograd.Function):

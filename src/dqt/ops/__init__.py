@@ -1,7 +1,11 @@
 """The operations that training spends its time in, each by the fastest backend that can take its tensors.
 
 `reference` is the specification, in plain PyTorch, and runs anywhere. `cpu` has kernels that equal it bit for
-bit. `products` has the exact integer matrix products. Callers use the functions here.
+bit. `products` has the exact integer matrix products. Callers use the functions here, which are the
+`torch.library` operations `torch.ops.dqt.*`; the bodies below are their shape rules, see `registry`.
+
+Tensors may have any strides (they are copied where a kernel needs them contiguous). A tensor of a dtype or
+size that does not fit the others raises a `ConfigError`. None of the operations is differentiable.
 """
 
 from __future__ import annotations
@@ -9,122 +13,101 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dqt.errors import ConfigError
 from dqt.numerics import packing
-from dqt.ops import cpu, reference
-from dqt.ops.products import int_mm
+from dqt.ops import products, reference
+from dqt.ops.registry import fits, operation
 
 __all__ = ["int_mm", "mean_squares", "pack", "quantize_columns", "quantize_rows", "scale_product", "unpack"]
 
 
+@operation("(Tensor x) -> (Tensor, Tensor)", reference.quantize_rows)
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Int8 codes and scale of each row; see `reference.quantize_rows`."""
-    lib = cpu.usable(x)
-    if lib is None:
-        return reference.quantize_rows(x)
-    x = x.float().contiguous()
-    rows, columns = x.shape
-    q = torch.empty(rows, columns, dtype=torch.int8)
-    scale = torch.empty(rows)
-    lib.dqt_quantize_rows(
-        cpu.pointer(x, torch.float32),
-        cpu.size(rows),
-        cpu.size(columns),
-        cpu.pointer(q, torch.int8),
-        cpu.pointer(scale, torch.float32),
-    )
-    return q, scale
+    fits("quantize_rows", "x", x, None, None, None)
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:1], dtype=torch.float32)
 
 
+@operation("(Tensor x, Tensor? row_factor=None) -> (Tensor, Tensor)", reference.quantize_columns)
 def quantize_columns(x: Tensor, row_factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Int8 codes and scale of each column of x * row_factor; see `reference.quantize_columns`."""
-    lib = cpu.usable(x, row_factor)
-    if lib is None:
-        return reference.quantize_columns(x, row_factor)
-    x = x.float().contiguous()
-    rows, columns = x.shape
-    q = torch.empty(rows, columns, dtype=torch.int8)
-    scale = torch.empty(columns)
-    scratch = torch.empty(2, columns)
-    lib.dqt_quantize_columns(
-        cpu.pointer(x, torch.float32),
-        cpu.pointer(row_factor, torch.float32),
-        cpu.size(rows),
-        cpu.size(columns),
-        cpu.pointer(scratch, torch.float32),
-        cpu.pointer(q, torch.int8),
-        cpu.pointer(scale, torch.float32),
-    )
-    return q, scale
+    fits("quantize_columns", "x", x, None, None, None)
+    if row_factor is not None:
+        fits("quantize_columns", "row_factor", row_factor, torch.float32, x.shape[0])
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[1:], dtype=torch.float32)
 
 
-def scale_product(product: Tensor, row_scale: Tensor, column_scale: Tensor | None = None) -> Tensor:
+@operation(
+    "(Tensor product, Tensor row_scale, Tensor? column_scale=None, Tensor? bias=None) -> Tensor",
+    reference.scale_product,
+)
+def scale_product(
+    product: Tensor, row_scale: Tensor, column_scale: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
     """Floats of an integer product; see `reference.scale_product`."""
-    lib = cpu.usable(product, row_scale, column_scale)
-    if lib is None:
-        return reference.scale_product(product, row_scale, column_scale)
+    fits("scale_product", "product", product, torch.int32, None, None)
     rows, columns = product.shape
-    y = torch.empty(rows, columns)
-    lib.dqt_scale_product(
-        cpu.pointer(product, torch.int32),
-        cpu.size(rows),
-        cpu.size(columns),
-        cpu.pointer(row_scale, torch.float32),
-        cpu.pointer(column_scale, torch.float32),
-        cpu.pointer(y, torch.float32),
-    )
-    return y
+    fits("scale_product", "row_scale", row_scale, torch.float32, rows)
+    if column_scale is not None:
+        fits("scale_product", "column_scale", column_scale, torch.float32, columns)
+    if bias is not None:
+        fits("scale_product", "bias", bias, None, columns)
+    return product.new_empty((rows, columns), dtype=torch.float32)
 
 
+@operation("(Tensor x) -> (Tensor, Tensor)", reference.mean_squares)
 def mean_squares(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean squares of rows and columns in a fixed order; see `reference.mean_squares`."""
-    lib = cpu.usable(x)
-    if lib is None:
-        return reference.mean_squares(x)
-    rows, columns = x.shape
-    row_mean, column_mean = torch.empty(rows), torch.empty(columns)
-    lib.dqt_mean_squares(
-        cpu.pointer(x, torch.float32),
-        cpu.size(rows),
-        cpu.size(columns),
-        cpu.pointer(row_mean, torch.float32),
-        cpu.pointer(column_mean, torch.float32),
-    )
-    return row_mean, column_mean
+    fits("mean_squares", "x", x, None, None, None)
+    if 0 in x.shape:
+        raise ConfigError(f"mean_squares: an empty matrix {list(x.shape)} has no mean")
+    return x.new_empty(x.shape[:1], dtype=torch.float32), x.new_empty(x.shape[1:], dtype=torch.float32)
 
 
-def unpack(packed: Tensor, bits: int, count: int, signed: bool) -> Tensor:
-    """Values of packed rows [rows, bytes] as `int8` [rows, count]; see `numerics.packing.unpack`."""
-    lib = cpu.usable(packed)
-    if lib is None or packed.ndim != 2 or (bits == 8 and not signed):
-        return packing.unpack(packed, bits, count, signed)
-    values = torch.empty(packed.shape[0], count, dtype=torch.int8)
-    packed = packed.contiguous()
-    lib.dqt_unpack(
-        cpu.pointer(packed, torch.uint8),
-        cpu.size(packed.shape[0]),
-        cpu.size(count),
-        cpu.size(packed.shape[1]),
-        bits,
-        int(signed),
-        cpu.pointer(values, torch.int8),
-    )
-    return values
+@operation("(Tensor a, Tensor b) -> Tensor", products.int_mm, kernel=False)
+def int_mm(a: Tensor, b: Tensor) -> Tensor:
+    """Exact int8 x int8 -> int32 matrix product; see `products.int_mm`."""
+    fits("int_mm", "a", a, torch.int8, None, None)
+    fits("int_mm", "b", b, torch.int8, a.shape[1], None)
+    return a.new_empty((a.shape[0], b.shape[1]), dtype=torch.int32)
 
 
 def pack(values: Tensor, bits: int) -> Tensor:
-    """Packed rows `uint8` [rows, bytes] of integers [rows, count]; see `numerics.packing.pack`."""
-    lib = cpu.usable(values)
-    if lib is None or values.ndim != 2:
-        return packing.pack(values, bits)
-    narrow = values.to(torch.int8).contiguous()
-    rows, count = values.shape
-    packed = torch.empty(rows, packing.packed_size(count, bits), dtype=torch.uint8)
-    lib.dqt_pack(
-        cpu.pointer(narrow, torch.int8),
-        cpu.size(rows),
-        cpu.size(count),
-        cpu.size(packed.shape[1]),
-        bits,
-        cpu.pointer(packed, torch.uint8),
+    """Packed rows `uint8` [..., bytes] of integers [..., count]; see `numerics.packing.pack`."""
+    return _pack(values.to(torch.int8), bits)
+
+
+def unpack(packed: Tensor, bits: int, count: int, signed: bool) -> Tensor:
+    """Integers [..., count] of packed rows `uint8` [..., bytes]; see `numerics.packing.unpack`.
+
+    At 8 bits the result is a view of the packed rows: not for writing.
+    """
+    if bits == 8 and packed.shape[-1:] == (count,):
+        return packing.unpack(packed, bits, count, signed)
+    return _unpack(packed, bits, count, signed)
+
+
+@operation("(Tensor values, int bits) -> Tensor", packing.pack)
+def _pack(values: Tensor, bits: int) -> Tensor:
+    _check_packing("pack", values, torch.int8, bits)
+    return values.new_empty(
+        (*values.shape[:-1], packing.packed_size(values.shape[-1], bits)), dtype=torch.uint8
     )
-    return packed
+
+
+@operation("(Tensor packed, int bits, int count, bool signed) -> Tensor", packing.unpack)
+def _unpack(packed: Tensor, bits: int, count: int, signed: bool) -> Tensor:
+    _check_packing("unpack", packed, torch.uint8, bits)
+    if packed.shape[-1] != packing.packed_size(count, bits):
+        raise ConfigError(f"unpack: {count} values of {bits} bits do not fill {packed.shape[-1]} bytes a row")
+    dtype = torch.uint8 if bits == 8 and not signed else torch.int8
+    return packed.new_empty((*packed.shape[:-1], count), dtype=dtype)
+
+
+def _check_packing(operation: str, tensor: Tensor, dtype: torch.dtype, bits: int) -> None:
+    if not 1 <= bits <= 8:
+        raise ConfigError(f"{operation}: bits must be 1 to 8, not {bits}")
+    if tensor.dtype != dtype or tensor.ndim == 0:
+        raise ConfigError(
+            f"{operation}: wants rows of {dtype}, not {tensor.dtype} with {tensor.ndim} dimensions"
+        )

@@ -3,8 +3,8 @@
 The library is built by `pip install` where there is a C++ compiler (see CMakeLists.txt); without it
 everything runs on the reference, five to fifty times slower in these operations. It holds the same kernels
 for AVX512, AVX2 and portable C++ and takes the best one that the CPU has; the environment variable DQT_ISA
-forces one (avx512, avx2, portable, or reference for none). ctypes costs about 5 µs a call, and keeps the
-library free of torch's ABI.
+forces one (avx512, avx2, portable, or reference for none). ctypes costs 1 µs a call, and keeps the library
+free of torch's ABI.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch import Tensor
 
 from dqt.errors import ConfigError, did_you_mean
 
-INTERFACE_VERSION = 1
+INTERFACE_VERSION = 2
 ISAS = ("avx512", "avx2", "portable")
+STATUS = {1: "they do not fit together, or overflow", 2: "no instruction set was chosen", 3: "no memory"}
 
 
 class Update(ctypes.Structure):
@@ -102,13 +103,37 @@ def _share_threads_with_torch(lib: ctypes.CDLL) -> None:
 def usable(*tensors: Tensor | None) -> ctypes.CDLL | None:
     """The library if it can take these tensors (all on the CPU), else None; sets its threads to torch's."""
     lib = library()
-    if lib is None or any(t is not None and t.device.type != "cpu" for t in tensors):
+    if lib is None:
         return None
+    for tensor in tensors:
+        if tensor is not None and tensor.device.type != "cpu":
+            return None
     lib.dqt_set_threads(torch.get_num_threads())
     return lib
 
 
-def pointer(tensor: Tensor | None, dtype: torch.dtype) -> Any:
+def call(lib: ctypes.CDLL, name: str, *arguments: Tensor | int | float | None) -> None:
+    """Calls the kernel dqt_<name>: tensors as pointers, integers as int64, floats as double.
+
+    Raises:
+        ConfigError: If the kernel refuses the sizes, which no operation lets happen.
+    """
+    function = getattr(lib, f"dqt_{name}")
+    if function.argtypes is None:  # once a kernel: ctypes would pass a plain int as 32 bits
+        function.argtypes = [_c_type(argument) for argument in arguments]
+    status = function(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
+    if status:
+        sizes = [a for a in arguments if isinstance(a, int)]
+        raise ConfigError(f"the kernel {name} refuses the sizes {sizes} ({STATUS.get(status, status)})")
+
+
+def _c_type(argument: Tensor | int | float | None) -> Any:
+    if isinstance(argument, int):
+        return ctypes.c_int64
+    return ctypes.c_double if isinstance(argument, float) else ctypes.c_void_p
+
+
+def pointer(tensor: Tensor | None, dtype: torch.dtype) -> int | None:
     """Address of a contiguous CPU tensor of the dtype.
 
     Raises:
@@ -121,9 +146,4 @@ def pointer(tensor: Tensor | None, dtype: torch.dtype) -> Any:
             f"a kernel needs a contiguous {dtype} CPU tensor, not {tensor.dtype} on {tensor.device} "
             f"with strides {tensor.stride()}: call .contiguous() or convert it"
         )
-    return ctypes.c_void_p(tensor.data_ptr())
-
-
-def size(value: int) -> ctypes.c_int64:
-    """An int64 argument; ctypes would pass a plain int as 32 bits."""
-    return ctypes.c_int64(value)
+    return tensor.data_ptr()

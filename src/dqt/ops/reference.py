@@ -43,19 +43,24 @@ def quantize_columns(x: Tensor, row_factor: Tensor | None = None) -> tuple[Tenso
     return _quantize(x if row_factor is None else x.float() * row_factor[:, None], dim=0)
 
 
-def scale_product(product: Tensor, row_scale: Tensor, column_scale: Tensor | None = None) -> Tensor:
+def scale_product(
+    product: Tensor, row_scale: Tensor, column_scale: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
     """Turns an integer product into floats.
 
     Args:
         product: `int32` [rows, columns].
         row_scale: `float32` [rows].
         column_scale: `float32` [columns], or None for 1.
+        bias: Float tensor [columns], or None for 0.
 
     Returns:
-        `float32` [rows, columns]: (product * row_scale) * column_scale.
+        `float32` [rows, columns]: ((product * row_scale) * column_scale) + bias.
     """
     y = product.float().mul_(row_scale[:, None])
-    return y if column_scale is None else y.mul_(column_scale)
+    if column_scale is not None:
+        y.mul_(column_scale)
+    return y if bias is None else y.add_(bias.float())
 
 
 LANES = 16

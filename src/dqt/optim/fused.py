@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dqt.errors import ConfigError
 from dqt.ops import cpu
 from dqt.optim.writeback import WriteBackStats
 from dqt.tensor import QuantizedTensor
@@ -100,7 +101,10 @@ def adam_update(
         sqrt_correction2=corrections[1],
         eps=eps,
     )
-    lib.dqt_update(ctypes.byref(args))
+    if lib.dqt_update(ctypes.byref(args)):
+        raise ConfigError(
+            f"the update kernel refuses {tuple(weight.shape)} {fmt} with {residual_bits} residual bits"
+        )
     torch.autograd.graph.increment_version((weight, weight.codes))
     if stats is not None:
         stats.elements += weight.numel()

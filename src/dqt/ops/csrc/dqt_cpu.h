@@ -1,7 +1,7 @@
 // The plain C interface of the CPU kernels, and the table that each instruction set fills.
 //
-// No torch headers, no exceptions across the boundary, no allocation: Python checks shapes and types and passes
-// pointers. All matrices are row-major and contiguous. Every result is bitwise the same for any number of threads and
+// No torch headers, no exceptions across the boundary: Python checks shapes and types and passes pointers, and every
+// kernel returns 0, or says with a status that it did nothing. All matrices are row-major and contiguous. Every result is bitwise the same for any number of threads and
 // any instruction set, and the same as dqt/ops/reference.py: floats are never contracted (-ffp-contract=off), division
 // and square root are IEEE, and sums have a fixed order.
 #pragma once
@@ -41,7 +41,7 @@ struct DqtKernels {
   void (*quantize_columns)(const float* x, const float* row_factor, std::int64_t columns, std::int64_t begin,
                            std::int64_t end, const float* inverse, std::int8_t* q);
   void (*scale_product)(const std::int32_t* product, std::int64_t columns, std::int64_t begin, std::int64_t end,
-                        const float* row_scale, const float* column_scale, float* y);
+                        const float* row_scale, const float* column_scale, const float* bias, float* y);
   void (*unpack)(const std::uint8_t* packed, std::int64_t columns, std::int64_t packed_bytes, int bits, int is_signed,
                  std::int64_t begin, std::int64_t end, std::int8_t* values);
   void (*pack)(const std::int8_t* values, std::int64_t columns, std::int64_t packed_bytes, int bits,

@@ -2,6 +2,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
+#include <new>
 
 #include "dqt_cpu.h"
 #include "parallel.h"
@@ -46,12 +48,41 @@ const DqtKernels* find(const char* name) {
 
 std::int64_t row_grain(std::int64_t columns) { return columns > 0 ? (kGrain + columns - 1) / columns : 1; }
 
+// What a kernel returns. Python checks shapes before it passes pointers; these are the last line of defence.
+enum Status { kOk = 0, kBadSize = 1, kNotSelected = 2, kNoMemory = 3 };
+
+constexpr std::int64_t kMaxElements = std::int64_t{1} << 58;  // bytes, and bits of a row, stay below 2^63
+constexpr std::int64_t kMaxStream = std::int64_t{1} << 34;    // elements that have random numbers
+
+bool fits(std::int64_t rows, std::int64_t columns) {
+  return rows >= 0 && columns >= 0 && (columns == 0 || rows <= kMaxElements / columns);
+}
+
+bool packs(std::int64_t bits) { return bits >= 1 && bits <= 8; }
+
+std::int64_t packed_size(std::int64_t count, std::int64_t bits) { return (count * bits + 7) / 8; }
+
+template <class Body>
+int over_rows(std::int64_t rows, std::int64_t columns, const Body& body) {
+  if (!kernels) return kNotSelected;
+  dqt::parallel_for(rows, row_grain(columns), [&](std::int64_t begin, std::int64_t end, int) { body(begin, end); });
+  return kOk;
+}
+
+template <class Body>
+int over_columns(std::int64_t rows, std::int64_t columns, const Body& body) {
+  if (!kernels) return kNotSelected;
+  const std::int64_t grain = rows > 0 ? std::max<std::int64_t>(64, kGrain / rows) : 64;
+  dqt::parallel_for(columns, grain, [&](std::int64_t begin, std::int64_t end, int) { body(begin, end); });
+  return kOk;
+}
+
 }  // namespace
 
 extern "C" {
 
 // Version of this interface; Python refuses a library of another one.
-int dqt_interface_version() { return 1; }
+int dqt_interface_version() { return 2; }
 
 // Chooses "avx512", "avx2" or "portable". Returns 0, or 1 if this CPU or build lacks it.
 int dqt_select(const char* name) {
@@ -73,21 +104,24 @@ void dqt_use_openmp(dqt::Fork fork, dqt::Query number, dqt::Query team) {
 
 void dqt_set_threads(int count) { dqt::threads.count = count > 0 ? count : 1; }
 
-void dqt_quantize_rows(const float* x, std::int64_t rows, std::int64_t columns, std::int8_t* q, float* scale) {
-  dqt::parallel_for(rows, row_grain(columns), [&](std::int64_t begin, std::int64_t end, int) {
+int dqt_quantize_rows(std::int64_t rows, std::int64_t columns, const float* x, std::int8_t* q, float* scale) {
+  if (!fits(rows, columns)) return kBadSize;
+  return over_rows(rows, columns, [&](std::int64_t begin, std::int64_t end) {
     kernels->quantize_rows(x, columns, begin, end, q, scale);
   });
 }
 
-// `row_factor` [rows] or null multiplies x first; `scratch` holds 2 * columns floats.
-void dqt_quantize_columns(const float* x, const float* row_factor, std::int64_t rows, std::int64_t columns,
-                          float* scratch, std::int8_t* q, float* scale) {
-  auto* top = reinterpret_cast<std::uint32_t*>(scratch);
-  float* inverse = scratch + columns;
-  const std::int64_t column_grain = rows > 0 ? std::max<std::int64_t>(64, kGrain / rows) : 64;
-  dqt::parallel_for(columns, column_grain, [&](std::int64_t begin, std::int64_t end, int) {
-    kernels->column_absmax(x, row_factor, rows, columns, begin, end, top);
+// `row_factor` [rows] or null multiplies x first.
+int dqt_quantize_columns(std::int64_t rows, std::int64_t columns, const float* x, const float* row_factor,
+                         std::int8_t* q, float* scale) {
+  if (!fits(rows, columns)) return kBadSize;
+  const std::unique_ptr<std::uint32_t[]> top(new (std::nothrow) std::uint32_t[columns]);
+  const std::unique_ptr<float[]> inverse(new (std::nothrow) float[columns]);
+  if (!top || !inverse) return kNoMemory;
+  const int status = over_columns(rows, columns, [&](std::int64_t begin, std::int64_t end) {
+    kernels->column_absmax(x, row_factor, rows, columns, begin, end, top.get());
   });
+  if (status) return status;
   for (std::int64_t c = 0; c < columns; ++c) {
     float absmax;
     std::memcpy(&absmax, &top[c], 4);
@@ -95,49 +129,64 @@ void dqt_quantize_columns(const float* x, const float* row_factor, std::int64_t 
     scale[c] = finite ? absmax / 127.0f : NAN;
     inverse[c] = finite && absmax > 1e-30f ? 127.0f / absmax : 0.0f;
   }
-  dqt::parallel_for(rows, row_grain(columns), [&](std::int64_t begin, std::int64_t end, int) {
-    kernels->quantize_columns(x, row_factor, columns, begin, end, inverse, q);
+  return over_rows(rows, columns, [&](std::int64_t begin, std::int64_t end) {
+    kernels->quantize_columns(x, row_factor, columns, begin, end, inverse.get(), q);
   });
 }
 
-// y = product * row_scale * column_scale; `column_scale` may be null.
-void dqt_scale_product(const std::int32_t* product, std::int64_t rows, std::int64_t columns, const float* row_scale,
-                       const float* column_scale, float* y) {
-  dqt::parallel_for(rows, row_grain(columns), [&](std::int64_t begin, std::int64_t end, int) {
-    kernels->scale_product(product, columns, begin, end, row_scale, column_scale, y);
+// y = product * row_scale * column_scale + bias; `column_scale` and `bias` may be null.
+int dqt_scale_product(std::int64_t rows, std::int64_t columns, const std::int32_t* product, const float* row_scale,
+                      const float* column_scale, const float* bias, float* y) {
+  if (!fits(rows, columns)) return kBadSize;
+  return over_rows(rows, columns, [&](std::int64_t begin, std::int64_t end) {
+    kernels->scale_product(product, columns, begin, end, row_scale, column_scale, bias, y);
   });
 }
 
-void dqt_unpack(const std::uint8_t* packed, std::int64_t rows, std::int64_t columns, std::int64_t packed_bytes,
-                int bits, int is_signed, std::int8_t* values) {
-  dqt::parallel_for(rows, row_grain(columns), [&](std::int64_t begin, std::int64_t end, int) {
-    kernels->unpack(packed, columns, packed_bytes, bits, is_signed, begin, end, values);
-  });
-}
-
-void dqt_pack(const std::int8_t* values, std::int64_t rows, std::int64_t columns, std::int64_t packed_bytes, int bits,
-              std::uint8_t* packed) {
-  dqt::parallel_for(rows, row_grain(columns), [&](std::int64_t begin, std::int64_t end, int) {
-    kernels->pack(values, columns, packed_bytes, bits, begin, end, packed);
-  });
-}
-
-void dqt_mean_squares(const float* x, std::int64_t rows, std::int64_t columns, float* row_mean, float* column_mean) {
-  dqt::parallel_for(rows, row_grain(columns), [&](std::int64_t begin, std::int64_t end, int) {
+int dqt_mean_squares(std::int64_t rows, std::int64_t columns, const float* x, float* row_mean, float* column_mean) {
+  if (!fits(rows, columns)) return kBadSize;
+  const int status = over_rows(rows, columns, [&](std::int64_t begin, std::int64_t end) {
     kernels->row_mean_squares(x, columns, begin, end, row_mean);
   });
-  const std::int64_t column_grain = rows > 0 ? std::max<std::int64_t>(64, kGrain / rows) : 64;
-  dqt::parallel_for(columns, column_grain, [&](std::int64_t begin, std::int64_t end, int) {
+  if (status) return status;
+  return over_columns(rows, columns, [&](std::int64_t begin, std::int64_t end) {
     kernels->column_mean_squares(x, rows, columns, begin, end, column_mean);
   });
 }
 
-void dqt_update(DqtUpdate* args) {
+int dqt_pack(std::int64_t rows, std::int64_t count, const std::int8_t* values, std::int64_t bits,
+             std::uint8_t* packed) {
+  if (!fits(rows, count) || !packs(bits)) return kBadSize;
+  return over_rows(rows, count, [&](std::int64_t begin, std::int64_t end) {
+    kernels->pack(values, count, packed_size(count, bits), static_cast<int>(bits), begin, end, packed);
+  });
+}
+
+int dqt_unpack(std::int64_t rows, std::int64_t bytes, const std::uint8_t* packed, std::int64_t bits,
+               std::int64_t count, std::int64_t is_signed, std::int8_t* values) {
+  if (!fits(rows, count) || !packs(bits) || bytes != packed_size(count, bits)) return kBadSize;
+  return over_rows(rows, count, [&](std::int64_t begin, std::int64_t end) {
+    kernels->unpack(packed, count, bytes, static_cast<int>(bits), is_signed != 0, begin, end, values);
+  });
+}
+
+int dqt_update(DqtUpdate* args) {
+  const DqtUpdate& a = *args;
+  // An element's index / 4 is one 32-bit word of the counter of its random numbers.
+  if (!fits(a.rows, a.columns) || a.rows * a.columns > kMaxStream) return kBadSize;
+  if (!packs(a.bits) || a.code_bytes != packed_size(a.columns, a.bits)) return kBadSize;
+  if (a.levels < 2 || a.levels > 1 << a.bits) return kBadSize;
+  if (a.residual) {
+    if (a.residual_bits != 16 && (a.residual_bits < 2 || !packs(a.residual_bits))) return kBadSize;
+    if (a.residual_bytes != packed_size(a.columns, a.residual_bits)) return kBadSize;
+  }
+  if (!kernels) return kNotSelected;
   std::int64_t partial[dqt::kMaxParts][4] = {};
-  dqt::parallel_for(args->rows, row_grain(args->columns), [&](std::int64_t begin, std::int64_t end, int part) {
+  dqt::parallel_for(a.rows, row_grain(a.columns), [&](std::int64_t begin, std::int64_t end, int part) {
     kernels->update(args, begin, end, partial[part]);
   });
   for (auto& stats : partial)
     for (int i = 0; i < 4; ++i) args->stats[i] += stats[i];
+  return kOk;
 }
 }

@@ -51,7 +51,12 @@ void parallel_for(std::int64_t total, std::int64_t grain, const Body& body) {
     return;
   }
   std::vector<std::thread> workers;
-  for (std::int64_t part = 1; part < parts; ++part) workers.emplace_back([&work, part] { work.run(part); });
+  std::int64_t part = 1;
+  try {
+    for (; part < parts; ++part) workers.emplace_back([&work, part] { work.run(part); });
+  } catch (...) {  // the system gives no more threads: the rest is done here
+  }
+  for (; part < parts; ++part) work.run(part);
   work.run(0);
   for (auto& worker : workers) worker.join();
 }
