@@ -195,6 +195,11 @@ class QuantizedTensor(torch.Tensor):
         format, dtype, products = context
         return QuantizedTensor(inner["codes"], inner["scale"], format, size, dtype, products)
 
+    def _stable_hash_for_caching(self) -> str:
+        """What a graph that `torch.compile` keeps on disk may depend on."""
+        inner = [(part.shape, part.stride(), part.dtype, part.device) for part in (self.codes, self.scale)]
+        return repr((self.format, self.dtype, self.products, self.shape, self.requires_grad, inner))
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return (
             f"QuantizedTensor(shape={tuple(self.shape)}, bits={self.format}, "

@@ -230,6 +230,7 @@ class TrainConfig(Section):
         log_every: Steps between lines of metrics.
         activation_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
         gradient_release: Update each weight inside the backward pass, so that one gradient lives at a time.
+        compile: Run the decoder layers through `torch.compile`, see `dqt.train.compiled`.
         seed: Of weights, order of data, and rounding.
         threads: CPU threads; results may differ in the last bits between numbers of threads.
         out: The run's directory; None makes one under `runs/`.
@@ -250,6 +251,7 @@ class TrainConfig(Section):
     log_every: int | None = None
     activation_checkpointing: bool | None = None
     gradient_release: bool = False
+    compile: bool = False
     seed: int = 0
     threads: int | None = None
     out: str | None = None

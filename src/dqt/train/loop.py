@@ -17,6 +17,7 @@ from dqt.memory import estimate, explain_out_of_memory, format_bytes
 from dqt.models import build_config
 from dqt.ops.bf16_guard import ensure_bf16_products
 from dqt.train import resume as resuming
+from dqt.train.compiled import require_compiler
 from dqt.train.config import Config, resolve
 from dqt.train.metrics import Console
 from dqt.train.rundir import RunDirectory, default_directory
@@ -59,6 +60,8 @@ def train(
     build_config(config.model.preset, config.model.arch, overrides=config.model.overrides)
     if config.quant.method == "bf16":
         ensure_bf16_products()
+    if config.train.compile:
+        require_compiler()
     found = resuming.find(resume, directory.checkpoints, console.say) if resume else None
 
     torch.set_num_threads(config.train.threads or torch.get_num_threads())

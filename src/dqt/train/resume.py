@@ -25,6 +25,7 @@ MAY_CHANGE = {
         "optim.grad_clip",
         "optim.clip_update",
         "train.gradient_release",
+        "train.compile",
         "train.steps",
         "train.eval_every",
         "train.eval_windows",

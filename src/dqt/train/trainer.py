@@ -33,6 +33,7 @@ from dqt.optim import GradientRelease
 from dqt.recipes import autocast, build_optimizer
 from dqt.sampling import continue_text
 from dqt.train.checkpoint import prune, remove_later, restore, save_checkpoint
+from dqt.train.compiled import compile_layers, eager
 from dqt.train.config import Config
 from dqt.train.losses import language_model_loss
 from dqt.train.metrics import Console, MetricsLog, code_histograms, finite, progress_text
@@ -98,6 +99,8 @@ class Trainer:
                 self.model.gradient_checkpointing_enable(
                     gradient_checkpointing_kwargs={"use_reentrant": False}
                 )
+        if train.compile:
+            compile_layers(self.model)
         self.optimizer = build_optimizer(self.model, self.recipe, self.recipe.lr, train.seed)
         self.release = GradientRelease(self.optimizer) if train.gradient_release else None
         self.sampler = Sampler(len(corpus.train), self.seq_len, train.seed)
@@ -177,15 +180,16 @@ class Trainer:
     def evaluate(self) -> Evaluation:
         """Loss on the fixed windows of the held-out text; not measured twice at one step."""
         if self._evaluated is None or self._evaluated[0] != self.step:
-            result = evaluate(
-                self.model,
-                self.corpus.val,
-                self.seq_len,
-                self.config.train.eval_windows,
-                token_bytes=self.corpus.token_bytes,
-                batch_size=self.batch_size,
-                autocast=autocast(self.recipe, self.model.device.type),
-            )
+            with eager(self.config.train.compile):
+                result = evaluate(
+                    self.model,
+                    self.corpus.val,
+                    self.seq_len,
+                    self.config.train.eval_windows,
+                    token_bytes=self.corpus.token_bytes,
+                    batch_size=self.batch_size,
+                    autocast=autocast(self.recipe, self.model.device.type),
+                )
             self._evaluated = (self.step, result)
         return self._evaluated[1]
 
@@ -345,7 +349,7 @@ class Trainer:
             prompt = tokenizer.core.decode(start)
         if not self.config.train.sample_tokens:
             return prompt, ""
-        with autocast(self.recipe, self.model.device.type):
+        with autocast(self.recipe, self.model.device.type), eager(self.config.train.compile):
             text = continue_text(
                 self.model, tokenizer, prompt, self.config.train.sample_tokens, seed=self.config.train.seed
             )
