@@ -117,6 +117,30 @@ def test_packing(shape: tuple[int, int], bits: int, monkeypatch: pytest.MonkeyPa
         assert_same(unpack(), on_reference(monkeypatch, unpack))
 
 
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("bits", ["1", "ternary", "2", "3", "4", "5", "6", "7", "8"])
+@pytest.mark.parametrize(("outputs", "columns"), [(1, 1), (3, 7), (17, 515), (600, 1030), (2, 131_071)])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_few_tokens(
+    bits: str, outputs: int, columns: int, per_row: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a packed weight they give what the layer gives that unpacks it, and the reference."""
+    generator = torch.Generator().manual_seed(outputs)
+    layer = nn.Linear(columns, outputs)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(outputs, columns, generator=generator))
+        layer.weight[0] = -100.0  # the lowest code all along a row
+    dqt.quantize_(nn.Sequential(layer), bits, per_row=per_row)
+    x = torch.randn(3, columns, generator=generator)
+    x[1] = 5.0
+    x[2, 0] = torch.nan
+    unpacked = layer(x).detach()
+    with torch.no_grad():
+        assert_same(layer(x), unpacked)
+        assert_same(layer(x[:1].double()), unpacked[:1].double())
+        assert_same(on_reference(monkeypatch, lambda: layer(x)), unpacked)
+
+
 # bits, residual bits, second moment, beta1, weight decay, per row, rounding, shape
 UPDATES = [
     ("1", 0, "full", 0.9, 0.1, False, "stochastic", (33, 70)),

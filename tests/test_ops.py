@@ -29,6 +29,7 @@ x, row, column = floats(ROWS, COLUMNS), floats(ROWS), floats(COLUMNS)
 codes = integers(torch.int8, ROWS, COLUMNS)
 product = integers(torch.int32, ROWS, COLUMNS)
 packed = codes.view(torch.uint8)[:, :10]
+scale = torch.tensor(0.5)
 
 # operation, arguments: one call of each kind that its schema allows
 CALLS: list[tuple[str, tuple[Any, ...]]] = [
@@ -40,6 +41,8 @@ CALLS: list[tuple[str, tuple[Any, ...]]] = [
     ("scale_product", (product, row)),
     ("scale_product", (product, row, column, column.half())),
     ("scale_product", (product.T, column, None, row)),
+    ("packed_linear", (x, packed, scale, ROWS, 2, True, False)),
+    ("packed_linear", (x.half(), packed[:, :5], row, ROWS, 1, False, True, row)),
     ("mean_squares", (x,)),
     ("int_mm", (codes, codes.T)),
     ("pack", (codes, 3)),
@@ -61,7 +64,7 @@ def test_opcheck(name: str, arguments: tuple[Any, ...]) -> None:
 )
 def test_strides_of_the_arguments_do_not_matter(name: str, arguments: tuple[Any, ...]) -> None:
     def spread(value: Any) -> Any:
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or value.ndim == 0:
             return value
         wide = value.new_zeros((*value.shape[:-1], 2 * value.shape[-1]))
         wide[..., ::2] = value
@@ -96,6 +99,15 @@ MISFITS: list[tuple[Callable[[], Any], str]] = [
     (lambda: ops.scale_product(product, row, row), r"column_scale must be torch\.float32 \[40\]"),
     (lambda: ops.scale_product(product, row, column, row), r"bias must be a float tensor \[40\]"),
     (lambda: ops.scale_product(product, row, None, codes[0]), r"bias must be a float tensor .* torch\.int8"),
+    (lambda: ops.packed_linear(x, packed, scale, 5, 2, True, False), r"codes must be torch\.uint8 \[5, 10\]"),
+    (lambda: ops.packed_linear(x, packed, scale, ROWS, 2, False, False), "no unsigned codes of 2 bits"),
+    (lambda: ops.packed_linear(x, packed, row, ROWS, 2, True, False), "scale must be 1 float32, not"),
+    (lambda: ops.packed_linear(x, packed, scale, ROWS, 2, True, True), "scale must be 6 float32, not"),
+    (lambda: ops.packed_linear(x, packed, scale, ROWS, 2, True, False, column), r"bias must be a float"),
+    (
+        lambda: ops.packed_linear(torch.ones(1, 2**17), packed, scale, ROWS, 2, True, False),
+        "131072 terms can overflow int32",
+    ),
     (lambda: ops.mean_squares(x[:0]), "an empty matrix"),
     (lambda: ops.int_mm(codes, codes), r"int_mm: b must be torch\.int8 \[40, any\]"),
     (lambda: ops.int_mm(codes.int(), codes.T), r"a must be torch\.int8"),

@@ -39,7 +39,9 @@ def greedy_by_recomputing(model: PreTrainedModel, tokenizer: TextTokenizer, prom
 
 def test_the_cache_changes_nothing(model: PreTrainedModel, tokenizer: TextTokenizer) -> None:
     expected = greedy_by_recomputing(model, tokenizer, "a", 10)
-    assert continue_text(model, tokenizer, "a", 10, temperature=0) == expected
+    result = continue_text(model, tokenizer, "a", 10, temperature=0)
+    assert (result.text, result.tokens) == (expected, 10)
+    assert result.speed().startswith("10 tokens in ")
 
 
 @pytest.mark.parametrize("prompt", ["", "a", "some text " * 20])
@@ -49,15 +51,14 @@ def test_any_length_of_prompt_and_text(prompt: str, model: PreTrainedModel, toke
         lambda module, args, kwargs, output: lengths.append(output.past_key_values.get_seq_length()),
         with_kwargs=True,
     )
-    text = continue_text(model, tokenizer, prompt, tokens=5 * LONGEST, seed=1)
-    assert text
+    assert continue_text(model, tokenizer, prompt, tokens=5 * LONGEST, seed=1).text
     assert max(lengths) <= LONGEST
 
 
 def test_seed_and_state(model: PreTrainedModel, tokenizer: TextTokenizer) -> None:
     model.train()
     before = torch.get_rng_state()
-    texts = [continue_text(model, tokenizer, "some", 10, 1.0, seed) for seed in (3, 3, 4)]
+    texts = [continue_text(model, tokenizer, "some", 10, 1.0, seed).text for seed in (3, 3, 4)]
     assert texts[0] == texts[1] != texts[2]
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training

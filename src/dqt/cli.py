@@ -343,10 +343,11 @@ def _sample(arguments: argparse.Namespace) -> int:
     with explain_out_of_memory(lambda: "the model needs more than there is; close other programs"):
         model, tokenizer, info = load_model(arguments.directory)
         with _precision(info):
-            text = continue_text(
+            result = continue_text(
                 model, tokenizer, arguments.prompt, arguments.tokens, arguments.temperature, arguments.seed
             )
-    print(arguments.prompt + text)
+    print(arguments.prompt + result.text)
+    print(result.speed(), file=sys.stderr)
     return 0
 
 

@@ -3,11 +3,14 @@
 A loop of our own instead of `model.generate`: a dozen lines that draw from a generator of their own, so that
 a text is a function of (model, prompt, seed) and nothing else's random numbers move. Keys and values are kept
 between tokens; where the text outgrows the model's longest sequence, its second half is read again, which
-costs one forward pass each half sequence.
+costs one forward pass each half sequence. A single token is multiplied with the packed weights as they are
+(`dqt.nn`), so that generation reads a quarter of a byte for a ternary weight.
 """
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +24,25 @@ if TYPE_CHECKING:
     from dqt.data.tokenizer import TextTokenizer
 
 
+@dataclass(frozen=True)
+class Continuation:
+    """What followed a prompt.
+
+    Attributes:
+        text: Without the prompt.
+        tokens: How many were drawn.
+        seconds: What it took, reading the prompt included.
+    """
+
+    text: str
+    tokens: int
+    seconds: float
+
+    def speed(self) -> str:
+        """One line for people."""
+        return f"{self.tokens} tokens in {self.seconds:.1f} s: {self.tokens / self.seconds:.0f} tokens/s"
+
+
 @torch.no_grad()
 def continue_text(
     model: PreTrainedModel,
@@ -29,8 +51,8 @@ def continue_text(
     tokens: int = 100,
     temperature: float = 0.8,
     seed: int = 0,
-) -> str:
-    """Returns what follows a prompt, without the prompt; it may end earlier, where the document does.
+) -> Continuation:
+    """Continues a prompt; the text may end before `tokens`, where the document does.
 
     Args:
         model: A causal language model on any device; its mode (training or not) is left as it was.
@@ -52,6 +74,7 @@ def continue_text(
     longest = model.config.max_position_embeddings
     generator = torch.Generator().manual_seed(seed)
     was_training = model.training
+    drawn, started = 0, time.perf_counter()
     model.eval()
     try:
         unread, cache, cached = text[-longest:], None, 0
@@ -59,16 +82,18 @@ def continue_text(
             if cached + len(unread) > longest:
                 unread, cache, cached = text[-max(1, longest // 2) :], None, 0
             ids = torch.tensor([unread], device=model.device)
-            output = model(input_ids=ids, past_key_values=cache, use_cache=True)
+            output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache, cached = output.past_key_values, cached + len(unread)
             token = draw(output.logits[0, -1].float().cpu(), temperature, generator)
+            drawn += 1
             if token == tokenizer.end_id:
                 break
             text.append(token)
             unread = [token]
     finally:
         model.train(was_training)
-    return tokenizer.core.decode(text[prompt_length:])
+    seconds = time.perf_counter() - started
+    return Continuation(tokenizer.core.decode(text[prompt_length:]), drawn, seconds)
 
 
 def draw(logits: Tensor, temperature: float, generator: torch.Generator) -> int:

@@ -18,7 +18,16 @@ from dqt.numerics import packing
 from dqt.ops import products, reference
 from dqt.ops.registry import fits, operation
 
-__all__ = ["int_mm", "mean_squares", "pack", "quantize_columns", "quantize_rows", "scale_product", "unpack"]
+__all__ = [
+    "int_mm",
+    "mean_squares",
+    "pack",
+    "packed_linear",
+    "quantize_columns",
+    "quantize_rows",
+    "scale_product",
+    "unpack",
+]
 
 
 @operation("(Tensor x) -> (Tensor, Tensor)", reference.quantize_rows)
@@ -70,6 +79,37 @@ def int_mm(a: Tensor, b: Tensor) -> Tensor:
     fits("int_mm", "a", a, torch.int8, None, None)
     fits("int_mm", "b", b, torch.int8, a.shape[1], None)
     return a.new_empty((a.shape[0], b.shape[1]), dtype=torch.int32)
+
+
+@operation(
+    "(Tensor x, Tensor codes, Tensor scale, int outputs, int bits, bool signed, bool per_row, "
+    "Tensor? bias=None) -> Tensor",
+    products.packed_linear,
+)
+def packed_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    outputs: int,
+    bits: int,
+    signed: bool,
+    per_row: bool,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """A linear layer on packed codes, for a few tokens; see `products.packed_linear`."""
+    fits("packed_linear", "x", x, None, None, None)
+    if not 1 <= bits <= 8 or not (signed or bits == 1):
+        raise ConfigError(f"packed_linear: there are no {'' if signed else 'unsigned '}codes of {bits} bits")
+    products.require_no_overflow(x.shape[1])
+    fits("packed_linear", "codes", codes, torch.uint8, outputs, packing.packed_size(x.shape[1], bits))
+    if scale.dtype != torch.float32 or scale.numel() != (outputs if per_row else 1):
+        raise ConfigError(
+            f"packed_linear: scale must be {outputs if per_row else 1} float32, not {scale.dtype} "
+            f"{list(scale.shape)}"
+        )
+    if bias is not None:
+        fits("packed_linear", "bias", bias, None, outputs)
+    return x.new_empty((x.shape[0], outputs), dtype=torch.float32)
 
 
 def pack(values: Tensor, bits: int) -> Tensor:

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dqt.errors import ConfigError
+from dqt.numerics import packing
+from dqt.ops import reference
 
 EXACT_FLOAT32_INNER = 1024
 MAX_INNER = 131_071
@@ -45,11 +47,7 @@ def int_mm(a: Tensor, b: Tensor) -> Tensor:
     """
     rows, inner = a.shape
     columns = b.shape[1]
-    if inner > MAX_INNER:
-        raise ConfigError(
-            f"an int8 product over {inner} terms can overflow int32 (limit {MAX_INNER}): "
-            "use a smaller batch, or a float product for this layer"
-        )
+    require_no_overflow(inner)
     if 0 in (rows, inner, columns):
         return torch.zeros(rows, columns, dtype=torch.int32, device=a.device)
     if a.device.type == "cuda":
@@ -57,6 +55,50 @@ def int_mm(a: Tensor, b: Tensor) -> Tensor:
     if not has_fast_int8():
         return int_mm_by_float(a, b)
     return torch._int_mm(_canonical(a), _canonical(b))
+
+
+def packed_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    outputs: int,
+    bits: int,
+    signed: bool,
+    per_row: bool,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """A linear layer on packed codes, for a few tokens: what int8 products give, in one operation.
+
+    Args:
+        x: Float tensor [tokens, columns], quantized to int8 a token.
+        codes: Packed `uint8` [outputs, bytes].
+        scale: `float32`, one number, or one an output.
+        outputs: Rows of the weight.
+        bits: Width of a code.
+        signed: Two's complement; if not, one bit, {0, 1} for {-scale / 2, scale / 2}.
+        per_row: Whether there is one scale an output.
+        bias: Float tensor [outputs] or None.
+
+    Returns:
+        `float32` [tokens, outputs].
+    """
+    q, row_scale = reference.quantize_rows(x)
+    values = packing.unpack(codes, bits, x.shape[1], signed)
+    if not signed:
+        values, scale = values.to(torch.int8) * 2 - 1, scale / 2
+    product = int_mm(q, values.T)
+    if per_row:
+        return reference.scale_product(product, row_scale, scale.flatten(), bias)
+    return reference.scale_product(product, row_scale * scale.flatten(), None, bias)
+
+
+def require_no_overflow(inner: int) -> None:
+    """Raises `ConfigError` if int32 could wrap in a sum of as many products of int8."""
+    if inner > MAX_INNER:
+        raise ConfigError(
+            f"an int8 product over {inner} terms can overflow int32 (limit {MAX_INNER}): "
+            "use a smaller batch, or a float product for this layer"
+        )
 
 
 def int_mm_by_float(a: Tensor, b: Tensor) -> Tensor:

@@ -350,10 +350,10 @@ class Trainer:
         if not self.config.train.sample_tokens:
             return prompt, ""
         with autocast(self.recipe, self.model.device.type), eager(self.config.train.compile):
-            text = continue_text(
+            sample = continue_text(
                 self.model, tokenizer, prompt, self.config.train.sample_tokens, seed=self.config.train.seed
             )
-        return prompt, text
+        return prompt, sample.text
 
     def _facts(self) -> dict[str, Any]:
         """What is known before the first step, for `run.json`."""

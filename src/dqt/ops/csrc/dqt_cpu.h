@@ -49,6 +49,10 @@ struct DqtKernels {
   void (*row_mean_squares)(const float* x, std::int64_t columns, std::int64_t begin, std::int64_t end, float* mean);
   void (*column_mean_squares)(const float* x, std::int64_t rows, std::int64_t columns, std::int64_t begin,
                               std::int64_t end, float* mean);
+  void (*spread)(const std::int8_t* q, std::int64_t columns, int bits, std::int16_t* planes);
+  void (*packed_product)(const std::uint8_t* codes, std::int64_t columns, std::int64_t packed_bytes, int bits,
+                         int is_signed, const std::int16_t* planes, std::int64_t begin, std::int64_t end,
+                         std::int32_t* product);
   void (*update)(const DqtUpdate* args, std::int64_t begin, std::int64_t end, std::int64_t stats[4]);
 };
 }

@@ -21,6 +21,8 @@ Threads threads;
 namespace {
 
 constexpr std::int64_t kGrain = 16384;  // elements below which a second thread costs more than it saves
+constexpr std::int64_t kProductGrain = std::int64_t{1} << 18;  // the same for a packed product: 16 weights a ns
+constexpr std::int64_t kMaxInner = 131071;  // above, int32 could wrap
 const DqtKernels* kernels = nullptr;
 const char* active = "none";
 
@@ -168,6 +170,38 @@ int dqt_unpack(std::int64_t rows, std::int64_t bytes, const std::uint8_t* packed
   return over_rows(rows, count, [&](std::int64_t begin, std::int64_t end) {
     kernels->unpack(packed, count, bytes, static_cast<int>(bits), is_signed != 0, begin, end, values);
   });
+}
+
+// y = quantized x times packed codes, scaled, plus `bias` (may be null); `scale` has one number, or one an output.
+int dqt_packed_linear(std::int64_t tokens, std::int64_t columns, const float* x, const std::uint8_t* codes,
+                      const float* scale, std::int64_t outputs, std::int64_t bits, std::int64_t is_signed,
+                      std::int64_t per_row, const float* bias, float* y) {
+  if (!fits(tokens, columns) || !fits(tokens, outputs) || !fits(outputs, columns) || !packs(bits)) return kBadSize;
+  if (columns > kMaxInner || (!is_signed && bits != 1)) return kBadSize;
+  if (!kernels) return kNotSelected;
+  const std::int64_t spare = columns + 8, bytes = packed_size(columns, bits);  // planes are padded to whole bytes
+  const std::unique_ptr<std::int8_t[]> q(new (std::nothrow) std::int8_t[columns + 1]);
+  const std::unique_ptr<std::int16_t[]> planes(new (std::nothrow) std::int16_t[spare]);
+  const std::unique_ptr<std::int32_t[]> product(new (std::nothrow) std::int32_t[outputs + 1]);
+  const std::unique_ptr<float[]> column_scale(new (std::nothrow) float[outputs + 1]);
+  if (!q || !planes || !product || !column_scale) return kNoMemory;
+  const float step = is_signed ? 1.0f : 0.5f;  // binary codes are doubled, {-1, 1} for {-1/2, 1/2}
+  if (per_row)
+    for (std::int64_t o = 0; o < outputs; ++o) column_scale[o] = scale[o] * step;
+  const std::int64_t grain = std::max<std::int64_t>(1, kProductGrain / std::max<std::int64_t>(1, columns));
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    float row_scale;
+    kernels->quantize_rows(x + t * columns, columns, 0, 1, q.get(), &row_scale);
+    kernels->spread(q.get(), columns, static_cast<int>(bits), planes.get());
+    dqt::parallel_for(outputs, grain, [&](std::int64_t begin, std::int64_t end, int) {
+      kernels->packed_product(codes, columns, bytes, static_cast<int>(bits), is_signed != 0, planes.get(), begin, end,
+                              product.get());
+    });
+    if (!per_row) row_scale *= scale[0] * step;
+    kernels->scale_product(product.get(), outputs, 0, 1, &row_scale, per_row ? column_scale.get() : nullptr, bias,
+                           y + t * outputs);
+  }
+  return kOk;
 }
 
 int dqt_update(DqtUpdate* args) {
