@@ -3,8 +3,8 @@
     python benchmarks/linear.py
 
 A turn is forward and backward of a layer [width, width] on 1,024 tokens, with gradients of weight and input:
-for ours unpacking, quantizing, integer products and scaling. The last column says where our time goes, kernel
-by kernel; what none of them takes ("rest") is Python, dispatch, and torch's own operations.
+for ours unpacking, quantizing, integer products and scaling. The last column says where our time goes, by
+operation, from torch's profiler; the rest is Python, dispatch, autograd, and torch's own operations.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 import dqt
 import timing
-from dqt.ops import cpu
 
 TOKENS = 1024
 BITS: dict[str, str | None] = {
@@ -32,38 +31,6 @@ BITS: dict[str, str | None] = {
     "8 bits": "8",
 }
 TURN_SECONDS = 0.05
-
-
-class Clock:
-    """The kernel library and `torch._int_mm` with a stopwatch on every call."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._library = cpu.library()
-
-    def __enter__(self) -> Clock:
-        self._saved = cpu.library, torch._int_mm
-        cpu.library = lambda: None if self._library is None else self
-        torch._int_mm = self._timed("int_mm", torch._int_mm)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        cpu.library, torch._int_mm = self._saved
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        function = self._timed(name.removeprefix("dqt_"), getattr(self._library, name))
-        setattr(self, name, function)
-        return function
-
-    def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.seconds[name] += time.perf_counter() - started
-
-        return call
 
 
 def setup(name: str, width: int) -> tuple[Callable[[], float], dict[str, Any]]:
@@ -96,10 +63,15 @@ def setup(name: str, width: int) -> tuple[Callable[[], float], dict[str, Any]]:
 
 
 def breakdown(seconds: Callable[[int], float], repeat: int = 20) -> dict[str, float]:
-    """Seconds of each kernel in a layer's forward and backward, and of the rest."""
-    with Clock() as clock:
-        total = seconds(repeat)
-    parts = {name: spent / repeat for name, spent in clock.seconds.items()}
+    """Seconds of each of our operations and of the integer products in a layer, and of the rest."""
+    total = seconds(repeat)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        seconds(repeat)
+    parts = {
+        event.key.partition("::")[2]: event.self_cpu_time_total / 1e6 / repeat
+        for event in profiled.key_averages()
+        if event.key.startswith("dqt::") or event.key == "aten::_int_mm"
+    }
     return dict(sorted(parts.items(), key=lambda part: -part[1])) | {"rest": total - sum(parts.values())}
 
 
@@ -117,23 +89,22 @@ def main() -> None:
     print(f"\n| {TOKENS} tokens | ms | against FP32 | breakdown in ms |\n|---|---|---|---|")
     for width in arguments.widths:
         for threads in arguments.threads:
-            names = ["FP32", *arguments.bits]
-            workers = {name: timing.Worker(setup, (name, width), threads) for name in names}
-            facts = {name: worker.ready() for name, worker in workers.items()}
-            seconds = timing.interleave(
-                {name: worker.turn for name, worker in workers.items()}, arguments.rounds
-            )
-            for name, worker in workers.items():
-                worker.stop()
-                ratio = timing.show(timing.ratio(seconds["FP32"], seconds[name])) if name != "FP32" else ""
-                parts = ", ".join(
-                    f"{part} {spent * 1e3:.2f}" for part, spent in facts[name]["breakdown"].items()
-                )
-                title = f"width {width}, threads: {threads}, {name}"
+            names = {name: (name, width) for name in ("FP32", *arguments.bits)}
+            facts, seconds = timing.run(setup, names, threads, arguments.rounds)
+            for name in names:
                 print(
-                    f"| {title} | {statistics.median(seconds[name]) * 1e3:.2f} | {ratio} | {parts} |",
+                    f"| width {width}, threads: {threads}, {name} {row(name, facts[name], seconds)}",
                     flush=True,
                 )
+
+
+def row(name: str, facts: dict[str, Any], seconds: dict[str, list[float]]) -> str:
+    """The cells of a layer."""
+    if "error" in facts:
+        return f"| {facts['error']} | | |"
+    speed = timing.show(timing.ratio(seconds["FP32"], seconds[name])) if name != "FP32" else ""
+    parts = ", ".join(f"{part} {spent * 1e3:.2f}" for part, spent in facts["breakdown"].items())
+    return f"| {statistics.median(seconds[name]) * 1e3:.2f} | {speed} | {parts} |"
 
 
 if __name__ == "__main__":

@@ -28,12 +28,8 @@ BASE, OURS = "fp32", ("ternary", "strict8")
 
 def measure(keys: list[str], width: int, layers: int, threads: int, rounds: int) -> dict[str, Any]:
     """Times every arm that can run."""
-    workers = {key: timing.Worker(setup, (key, width, layers), threads) for key in keys}
-    facts = {key: worker.ready() for key, worker in workers.items()}
-    able = {key: workers[key].turn for key in keys if "error" not in facts[key]}
-    seconds = timing.interleave(able, rounds, warm_up=0)
-    for worker in workers.values():
-        worker.stop()
+    arguments = {key: (key, width, layers) for key in keys}
+    facts, seconds = timing.run(setup, arguments, threads, rounds, warm_up=0)  # the setup has trained
     return {
         "machine": timing.machine(),
         "width": width,

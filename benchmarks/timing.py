@@ -86,6 +86,23 @@ def _serve(pipe: Connection, setup: Callable[..., Any], arguments: tuple[Any, ..
         pipe.send({"error": f"{type(error).__name__}: {message[:300]}"})
 
 
+def run(
+    setup: Callable[..., tuple[Turn, dict[str, Any]]],
+    arguments: Mapping[str, tuple[Any, ...]],
+    threads: int,
+    rounds: int,
+    warm_up: int = 1,
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]]]:
+    """Facts of every arm by name, and seconds of those that can run; `arguments` are what `setup` takes."""
+    workers = {name: Worker(setup, each, threads) for name, each in arguments.items()}
+    facts = {name: worker.ready() for name, worker in workers.items()}
+    able = {name: worker.turn for name, worker in workers.items() if "error" not in facts[name]}
+    seconds = interleave(able, rounds, warm_up)
+    for worker in workers.values():
+        worker.stop()
+    return facts, seconds
+
+
 def interleave(turns: Mapping[str, Turn], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
     """Seconds of each arm in each round; those of the warm-up rounds are not among them."""
     order, shuffle = list(turns), random.Random(0).shuffle
