@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,8 @@ def library() -> ctypes.CDLL | None:
                 f"DQT_ISA={forced}, but dqt was installed without its CPU kernels; see `dqt doctor`"
             )
         return None
+    if _is_cut_off(path):
+        raise ConfigError(f"{path} is not whole: install dqt again")
     try:
         lib = ctypes.CDLL(str(path))
         version = lib.dqt_interface_version()
@@ -82,6 +85,17 @@ def library_path() -> Path | None:
             if (path := Path(folder, name)).is_file():
                 return path
     return None
+
+
+def _is_cut_off(path: Path) -> bool:
+    """Whether an ELF file ends before its section headers, its last part; loading it kills the process."""
+    with path.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or not header.startswith(b"\x7fELF\x02"):
+        return header.startswith(b"\x7fELF") and len(header) < 64
+    (start,) = struct.unpack_from("=Q", header, 40)
+    size, count = struct.unpack_from("=HH", header, 58)
+    return path.stat().st_size < start + size * count
 
 
 def active_isa() -> str:
@@ -133,14 +147,16 @@ def _c_type(argument: Tensor | int | float | None) -> Any:
     return ctypes.c_double if isinstance(argument, float) else ctypes.c_void_p
 
 
-def pointer(tensor: Tensor | None, dtype: torch.dtype) -> int | None:
-    """Address of a contiguous CPU tensor of the dtype.
+def pointer(tensor: Tensor | None, dtype: torch.dtype, elements: int | None = None) -> int | None:
+    """Address of a contiguous CPU tensor of the dtype, with as many elements as said.
 
     Raises:
         ConfigError: If the tensor is none of these; a kernel must not see it.
     """
     if tensor is None:
         return None
+    if elements is not None and tensor.numel() != elements:
+        raise ConfigError(f"a kernel needs a tensor of {elements} elements, not {list(tensor.shape)}")
     if tensor.dtype != dtype or not tensor.is_contiguous() or tensor.device.type != "cpu":
         raise ConfigError(
             f"a kernel needs a contiguous {dtype} CPU tensor, not {tensor.dtype} on {tensor.device} "

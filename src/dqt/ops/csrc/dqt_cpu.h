@@ -1,9 +1,9 @@
 // The plain C interface of the CPU kernels, and the table that each instruction set fills.
 //
 // No torch headers, no exceptions across the boundary: Python checks shapes and types and passes pointers, and every
-// kernel returns 0, or says with a status that it did nothing. All matrices are row-major and contiguous. Every result is bitwise the same for any number of threads and
-// any instruction set, and the same as dqt/ops/reference.py: floats are never contracted (-ffp-contract=off), division
-// and square root are IEEE, and sums have a fixed order.
+// kernel returns 0, or says with a status that it did nothing. All matrices are row-major and contiguous. Every result is
+// bitwise the same for any number of threads and any instruction set, and the same as dqt/ops/reference.py: floats are
+// never contracted (-ffp-contract=off), division and square root are IEEE, and sums have a fixed order.
 #pragma once
 #include <cstdint>
 

@@ -1,0 +1,219 @@
+// Fuzzes the C interface of the CPU kernels with random shapes and values; tests/test_fuzz.py builds it with sanitizers.
+//
+// Every buffer is allocated at its exact size, so that an access one byte too far is reported. Values are drawn from a
+// bag with NaN, Inf, denormals, signed zeros and the ends of every integer type. The instruction sets must agree bit
+// for bit, for one thread and for three, and bad sizes must be refused before a pointer is read (all are null there).
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+extern "C" {
+int dqt_select(const char*);
+void dqt_set_threads(int);
+int dqt_quantize_rows(std::int64_t, std::int64_t, const float*, std::int8_t*, float*);
+int dqt_quantize_columns(std::int64_t, std::int64_t, const float*, const float*, std::int8_t*, float*);
+int dqt_scale_product(std::int64_t, std::int64_t, const std::int32_t*, const float*, const float*, const float*,
+                      float*);
+int dqt_mean_squares(std::int64_t, std::int64_t, const float*, float*, float*);
+int dqt_pack(std::int64_t, std::int64_t, const std::int8_t*, std::int64_t, std::uint8_t*);
+int dqt_unpack(std::int64_t, std::int64_t, const std::uint8_t*, std::int64_t, std::int64_t, std::int64_t,
+               std::int8_t*);
+}
+
+namespace {
+
+using i64 = std::int64_t;
+std::mt19937_64 generator;
+
+i64 between(i64 low, i64 high) {
+  return low + static_cast<i64>(generator() % static_cast<std::uint64_t>(high - low + 1));
+}
+
+i64 random_size() {
+  static const i64 edges[] = {0, 1, 2, 7, 8, 9, 15, 16, 17, 63, 64, 65, 255, 256, 257, 511, 512, 513, 1025};
+  return between(0, 2) ? edges[between(0, 18)] : between(0, 700);
+}
+
+float random_float(bool finite) {
+  using limits = std::numeric_limits<float>;
+  static const float odd[] = {0.0f, -0.0f, limits::denorm_min(), -limits::denorm_min(), limits::min(), 1e-30f, 1e-38f,
+                              limits::max(), -limits::max(), 1.0f, -1.0f, 0.5f, 127.0f, 16777216.0f};
+  static const float bad[] = {limits::quiet_NaN(), limits::infinity(), -limits::infinity()};
+  const i64 kind = between(0, 99);
+  if (kind == 0 && !finite) return bad[between(0, 2)];
+  if (kind < 5) return odd[between(0, 13)];
+  return std::ldexp(static_cast<float>(between(-1000000, 1000000)) * 1e-6f, static_cast<int>(between(-8, 8)));
+}
+
+std::vector<float> floats(i64 count, bool finite = false) {
+  std::vector<float> v(static_cast<std::size_t>(count));
+  const bool clean = finite || between(0, 1);
+  for (auto& x : v) x = random_float(clean);
+  return v;
+}
+
+template <class T>
+std::vector<T> integers(i64 count) {
+  std::vector<T> v(static_cast<std::size_t>(count));
+  const bool extremes = between(0, 3) == 0;
+  using limits = std::numeric_limits<T>;
+  for (auto& x : v) {
+    x = !extremes ? static_cast<T>(generator()) : between(0, 1) ? limits::min() : limits::max();
+  }
+  return v;
+}
+
+i64 packed_size(i64 count, i64 bits) { return (count * bits + 7) / 8; }
+
+[[noreturn]] void fail(const char* what, const std::string& where, i64 rows, i64 columns) {
+  std::fprintf(stderr, "%s: %s at [%lld, %lld]\n", where.c_str(), what, static_cast<long long>(rows),
+               static_cast<long long>(columns));
+  std::exit(1);
+}
+
+// What a case wrote, as bytes; NaNs count as equal whatever their bits.
+struct Output {
+  std::vector<std::uint8_t> bytes;
+  template <class T>
+  void add(const std::vector<T>& v) {
+    const auto* p = reinterpret_cast<const std::uint8_t*>(v.data());
+    bytes.insert(bytes.end(), p, p + v.size() * sizeof(T));
+  }
+  void add(std::vector<float> v) {
+    for (auto& x : v)
+      if (std::isnan(x)) x = std::numeric_limits<float>::quiet_NaN();
+    add<float>(v);
+  }
+};
+
+struct Case {
+  const char* name;
+  Output (*run)(i64 rows, i64 columns);  // draws its inputs from `generator`, which is set back between runs
+};
+
+Output run_quantize_rows(i64 rows, i64 columns) {
+  const auto x = floats(rows * columns);
+  std::vector<std::int8_t> q(x.size());
+  std::vector<float> scale(static_cast<std::size_t>(rows));
+  if (dqt_quantize_rows(rows, columns, x.data(), q.data(), scale.data()))
+    fail("refused", "quantize_rows", rows, columns);
+  Output out;
+  out.add(q);
+  out.add(scale);
+  return out;
+}
+
+Output run_quantize_columns(i64 rows, i64 columns) {
+  const auto x = floats(rows * columns), factor = floats(rows);
+  std::vector<std::int8_t> q(x.size());
+  std::vector<float> scale(static_cast<std::size_t>(columns));
+  if (dqt_quantize_columns(rows, columns, x.data(), between(0, 1) ? factor.data() : nullptr, q.data(), scale.data()))
+    fail("refused", "quantize_columns", rows, columns);
+  Output out;
+  out.add(q);
+  out.add(scale);
+  return out;
+}
+
+Output run_scale_product(i64 rows, i64 columns) {
+  const auto product = integers<std::int32_t>(rows * columns);
+  const auto row = floats(rows), column = floats(columns), bias = floats(columns);
+  std::vector<float> y(product.size());
+  if (dqt_scale_product(rows, columns, product.data(), row.data(), between(0, 1) ? column.data() : nullptr,
+                        between(0, 1) ? bias.data() : nullptr, y.data()))
+    fail("refused", "scale_product", rows, columns);
+  Output out;
+  out.add(y);
+  return out;
+}
+
+Output run_mean_squares(i64 rows, i64 columns) {
+  const auto x = floats(rows * columns);
+  std::vector<float> row(static_cast<std::size_t>(rows)), column(static_cast<std::size_t>(columns));
+  if (dqt_mean_squares(rows, columns, x.data(), row.data(), column.data()))
+    fail("refused", "mean_squares", rows, columns);
+  Output out;
+  if (rows && columns) {
+    out.add(row);
+    out.add(column);
+  }
+  return out;
+}
+
+Output run_packing(i64 rows, i64 columns) {
+  const i64 bits = between(1, 8), bytes = packed_size(columns, bits), is_signed = between(0, 1);
+  const auto values = integers<std::int8_t>(rows * columns);
+  std::vector<std::uint8_t> packed(static_cast<std::size_t>(rows * bytes)), again(packed.size());
+  std::vector<std::int8_t> unpacked(values.size());
+  if (dqt_pack(rows, columns, values.data(), bits, packed.data()) ||
+      dqt_unpack(rows, bytes, packed.data(), bits, columns, is_signed, unpacked.data()) ||
+      dqt_pack(rows, columns, unpacked.data(), bits, again.data()))
+    fail("refused", "packing", rows, columns);
+  if (packed != again) fail("does not survive a round trip", "packing", rows, columns);
+  Output out;
+  out.add(packed);
+  out.add(unpacked);
+  return out;
+}
+
+constexpr Case kCases[] = {{"quantize_rows", run_quantize_rows}, {"quantize_columns", run_quantize_columns},
+                           {"scale_product", run_scale_product}, {"mean_squares", run_mean_squares},
+                           {"packing", run_packing}};
+
+void refuse_bad_sizes() {
+  constexpr i64 huge = std::numeric_limits<i64>::max();
+  const std::pair<i64, i64> sizes[] = {{-1, 4}, {4, -1}, {huge, huge}, {huge, 2}, {i64{1} << 32, i64{1} << 32}};
+  for (const auto& [rows, columns] : sizes) {
+    const int status[] = {dqt_quantize_rows(rows, columns, nullptr, nullptr, nullptr),
+                          dqt_quantize_columns(rows, columns, nullptr, nullptr, nullptr, nullptr),
+                          dqt_scale_product(rows, columns, nullptr, nullptr, nullptr, nullptr, nullptr),
+                          dqt_mean_squares(rows, columns, nullptr, nullptr, nullptr),
+                          dqt_pack(rows, columns, nullptr, 2, nullptr),
+                          dqt_unpack(rows, columns, nullptr, 2, columns, 1, nullptr)};
+    for (const int s : status)
+      if (s != 1) fail("accepted", "bad sizes", rows, columns);
+  }
+  for (const i64 bits : {i64{-1}, i64{0}, i64{9}, i64{1} << 32}) {
+    if (dqt_pack(8, 8, nullptr, bits, nullptr) != 1 || dqt_unpack(8, bits, nullptr, bits, 8, 1, nullptr) != 1)
+      fail("accepted", "bits", 8, bits);
+  }
+  if (dqt_unpack(8, 3, nullptr, 2, 8, 1, nullptr) != 1) fail("accepted", "a wrong row of bytes", 8, 3);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const i64 rounds = argc > 1 ? std::atoll(argv[1]) : 100;
+  const std::uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 0;
+  std::vector<const char*> isas;
+  for (const char* isa : {"portable", "avx2", "avx512"}) {
+    if (dqt_select(isa) == 0) isas.push_back(isa);
+  }
+  refuse_bad_sizes();
+  for (i64 round = 0; round < rounds; ++round) {
+    for (const Case& c : kCases) {
+      const std::uint64_t at = seed * 1000003 + static_cast<std::uint64_t>(round);
+      Output expected;
+      for (const char* isa : isas) {
+        for (const int threads : {1, 3}) {
+          dqt_select(isa);
+          dqt_set_threads(threads);
+          generator.seed(at);
+          const i64 rows = random_size() % 70, columns = random_size();
+          Output out = c.run(rows, columns);
+          if (isa == isas[0] && threads == 1) expected = out;
+          if (out.bytes != expected.bytes)
+            fail("differs from portable", std::string(c.name) + " on " + isa, rows, columns);
+        }
+      }
+    }
+  }
+  std::printf("%lld rounds on %zu instruction sets\n", static_cast<long long>(rounds), isas.size());
+}

@@ -1,0 +1,57 @@
+"""The C interface under AddressSanitizer and UndefinedBehaviorSanitizer, with random shapes and values.
+
+`DQT_FUZZ_ROUNDS=5000 DQT_FUZZ_SEED=1 pytest tests/test_fuzz.py` runs it for longer, on other numbers.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+SOURCES = Path(__file__).parents[1] / "src" / "dqt" / "ops" / "csrc"
+DRIVER = Path(__file__).parent / "fuzz" / "fuzz_kernels.cpp"
+FLAGS = [
+    *("-std=c++17", "-O1", "-g", "-pthread", "-ffp-contract=off", "-fno-math-errno", f"-I{SOURCES}"),
+    *("-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"),
+]
+# Instruction set flags as in CMakeLists.txt.
+UNITS = {SOURCES / "interface.cpp": [], SOURCES / "isa_portable.cpp": [], DRIVER: []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    FLAGS.append("-DDQT_X86")
+    UNITS[SOURCES / "isa_avx2.cpp"] = ["-mavx2"]
+    UNITS[SOURCES / "isa_avx512.cpp"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+
+
+def compiler(folder: Path) -> str:
+    """A C++ compiler with both sanitizers; skips the test where there is none."""
+    probe = folder / "probe.cpp"
+    probe.write_text("int main() {}\n")
+    for name in ("g++", "clang++"):
+        path = shutil.which(name)
+        if path and not subprocess.run([path, *FLAGS, probe, "-o", folder / "probe"], check=False).returncode:
+            return path
+    pytest.skip("no g++ or clang++ with -fsanitize=address,undefined: install one with its sanitizers")
+
+
+def test_kernels_under_sanitizers(tmp_path: Path) -> None:
+    cxx = compiler(tmp_path)
+
+    def build(unit: Path) -> Path:
+        target = tmp_path / f"{unit.stem}.o"
+        subprocess.run([cxx, *FLAGS, *UNITS[unit], "-c", unit, "-o", target], check=True)
+        return target
+
+    with ThreadPoolExecutor() as pool:
+        objects = list(pool.map(build, UNITS))
+    program = tmp_path / "fuzz"
+    subprocess.run([cxx, *FLAGS, *objects, "-o", program], check=True)
+    rounds, seed = os.environ.get("DQT_FUZZ_ROUNDS", "40"), os.environ.get("DQT_FUZZ_SEED", "0")
+    done = subprocess.run([program, rounds, seed], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.startswith(f"{rounds} rounds on ")
