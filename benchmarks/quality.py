@@ -69,12 +69,12 @@ class Run:
 
 def formats_suite() -> tuple[list[Run], dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Every method and bit width once, at the recipe's learning rate."""
-    short_warmup = (("warmup_steps", 30),)
+    short_warmup = (("warmup_steps", 16),)
     runs = [Run(method, bits) for method in ("strict", "residual") for bits in BITS]
     wider = (("initializer_range", 256**-0.5),)
     runs += [Run(method, None) for method in ("fp32", "bf16", "bitnet")]
     runs += [Run("paper", bits, 2e-3, wider, short_warmup) for bits in BITS[1:]]
-    train = {"steps": 300, "seq_len": 128, "batch_size": 8, "eval_every": 300}
+    train = {"steps": 160, "seq_len": 128, "batch_size": 8, "eval_every": 160}
     return runs, {"preset": "tiny"}, train, {"vocab_size": 512}
 
 
@@ -84,10 +84,10 @@ def tuned_suite() -> tuple[list[Run], dict[str, Any], dict[str, Any], dict[str, 
         ("fp32", None): (1.25e-3, 2.5e-3, 5e-3),
         ("bitnet", None): (1.5e-3, 3e-3, 6e-3),
         ("strict", "8"): (1.25e-3, 2.5e-3, 5e-3),
-        ("strict", "4"): (1.25e-3, 2.5e-3, 5e-3),
+        ("strict", "4"): (2.5e-3, 5e-3, 1e-2),
         ("residual", "ternary"): (2.5e-3, 4e-3, 6e-3),
-        ("paper", "ternary"): (5e-4, 1.5e-3, 4e-3),
-        ("paper", "8"): (5e-4, 1.5e-3, 4e-3),
+        ("paper", "ternary"): (1e-3, 3e-3, 9e-3),
+        ("paper", "8"): (1e-3, 3e-3, 9e-3),
     }
     warmup = (("warmup_steps", 150),)
     wider = (("initializer_range", 128**-0.5),)

@@ -63,8 +63,8 @@ def test_whole_model_without_graph_breaks(bits: str) -> None:
     for ours, theirs in zip(train(compiled_model, traced), train(plain, plain), strict=True):
         assert torch.equal(ours, theirs)
     forward, backward = graphs  # new codes did not compile again
-    assert forward.count("torch.ops.dqt.int_mm.default") == LINEARS
-    assert backward.count("torch.ops.dqt.int_mm.default") == 2 * LINEARS
+    assert forward.count("torch.ops.dqt.scaled_product.default") == LINEARS
+    assert backward.count("torch.ops.dqt.scaled_product.default") == 2 * LINEARS
     assert backward.count("torch.ops.dqt.quantize_columns.default") == LINEARS
 
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 import dqt
 from dqt import ops
 from dqt.errors import ConfigError
-from dqt.ops import cpu
+from dqt.ops import activations, cpu, reference
+from dqt.ops.products import MAX_INNER
 
 
 def available_isas() -> list[str]:
@@ -104,6 +105,75 @@ def test_quantization_and_scaling(shape: tuple[int, int], monkeypatch: pytest.Mo
     ]
     if rows:
         cases.append(lambda: ops.mean_squares(x.nan_to_num(1.0, 2.0, 3.0)))
+    for case in cases:
+        assert_same(case(), on_reference(monkeypatch, case))
+
+
+def int8_matrix(rows: int, columns: int, layout: str) -> Tensor:
+    """Full-range `int8` [rows, columns], stored by rows, by columns, inside of a matrix, or repeated."""
+    if layout == "columns":
+        return int8_matrix(columns, rows, "rows").T
+    if layout == "inside":
+        return int8_matrix(rows + 1, columns + 3, "rows")[1:, 3:]
+    if layout == "repeated":
+        return int8_matrix(1, columns, "rows").expand(rows, columns)
+    generator = torch.Generator().manual_seed(rows * 1009 + columns)
+    return torch.randint(-128, 128, (rows, columns), dtype=torch.int8, generator=generator)
+
+
+LAYOUTS = ("rows", "columns", "inside", "repeated")
+GEMMS = [
+    (0, 3, 2),
+    (1, 1, 1),
+    (3, 5, 33),
+    (16, 64, 16),
+    (17, 63, 31),
+    (32, 64, 32),
+    (33, 65, 100),
+    (96, 192, 40),
+]
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("layouts", itertools.product(LAYOUTS, LAYOUTS), ids="-".join)
+def test_scaled_product(layouts: tuple[str, str]) -> None:
+    for rows, inner, columns in GEMMS:
+        a, b = int8_matrix(rows, inner, layouts[0]), int8_matrix(inner, columns, layouts[1])
+        scale, column_scale, bias = torch.rand(rows), torch.rand(columns), torch.randn(columns)
+        exact = (a.long() @ b.long()).to(torch.int32)
+        for extra in ((None, None), (column_scale, None), (None, bias), (column_scale, bias)):
+            fast = ops.scaled_product(a, b, scale, *extra)
+            assert_same(fast, reference.scale_product(exact, scale, *extra))
+
+
+@pytest.mark.usefixtures("kernels")
+def test_the_longest_product_of_the_smallest_numbers_does_not_wrap() -> None:
+    a = torch.full((33, MAX_INNER), -128, dtype=torch.int8)
+    assert (ops.scaled_product(a, a.T, torch.ones(33)) == 2.0**14 * MAX_INNER).all()
+    with pytest.raises(ConfigError, match="can overflow int32"):
+        ops.scaled_product(a.repeat(1, 2), a.T.repeat(2, 1), torch.ones(33))
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (65, 33), (100, 512), (70, 769)])
+def test_activations(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(5)
+    x, y, z = (torch.randn(shape, generator=generator) * size for size in (1.0, 20.0, 3.0))
+    weight, rstd = torch.randn(shape[1], generator=generator), torch.rand(shape[0], generator=generator)
+    bad = y.clone()
+    bad[0, 0], bad[-1, -1] = torch.nan, torch.inf
+    heads = torch.randn(2, shape[0], 3, 8, generator=generator)
+    cos, sin = torch.randn(2, shape[0], 8, generator=generator)
+    cases: list[Callable[[], Any]] = [
+        lambda: activations.rms_norm(x, weight, 1e-6),
+        lambda: activations.rms_norm_backward(x, y, weight, rstd),
+        lambda: activations.swiglu(y, x),
+        lambda: activations.swiglu_quantized(y, x),
+        lambda: activations.swiglu_quantized(bad, x),
+        lambda: activations.swiglu_backward(x, y, z),
+        lambda: activations.rotary(heads, cos, sin),
+        lambda: activations.rotary(heads, cos, sin, transposed=True),
+    ]
     for case in cases:
         assert_same(case(), on_reference(monkeypatch, case))
 

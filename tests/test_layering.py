@@ -22,6 +22,7 @@ LAYERS = (
     "ops",
     "tensor",
     "nn",
+    "fused",
     "quantize",
     "optim",
     "baselines",

@@ -16,15 +16,17 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from dqt import optim
+    from dqt.fused import fuse_
     from dqt.quantize import QuantizeReport, quantize_
     from dqt.tensor import Products, QuantizedTensor
 
-__all__ = ["Products", "QuantizeReport", "QuantizedTensor", "__version__", "optim", "quantize_"]
+__all__ = ["Products", "QuantizeReport", "QuantizedTensor", "__version__", "fuse_", "optim", "quantize_"]
 
 _HOME = {
     "Products": "dqt.tensor",
     "QuantizeReport": "dqt.quantize",
     "QuantizedTensor": "dqt.tensor",
+    "fuse_": "dqt.fused",
     "quantize_": "dqt.quantize",
 }
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dqt import ops
+from dqt.ops import activations
 from dqt.tensor import QuantizedTensor, implements
 
 FEW_TOKENS = 4
@@ -29,38 +30,88 @@ FEW_TOKENS = 4
 
 
 class _QuantizedLinear(torch.autograd.Function):
-    """y = x Wᵀ + b for x [tokens, in], a `QuantizedTensor` W [out, in]; each product integer or float."""
+    """y = x Wᵀ + b for a `QuantizedTensor` W [out, in]; each product integer or float.
+
+    x is a float tensor [tokens, in]; x_q and x_scale are its int8 form, or None if no product reads it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
-        products = weight.products
-        save_int8 = products.forward == "int8" or products.grad_weight == "int8"
-        x_q, x_scale = ops.quantize_rows(x) if save_int8 else (x, None)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        x_q: Tensor | None,
+        x_scale: Tensor | None,
+        weight: QuantizedTensor,
+        bias: Tensor | None,
+    ) -> Tensor:
         # Saving the codes themselves lets autograd notice when they change before the backward pass.
-        ctx.save_for_backward(x_q, x_scale, weight.codes, weight.scale)
+        ctx.save_for_backward(x if x_q is None else x_q, x_scale, weight.codes, weight.scale)
         ctx.weight, ctx.x_dtype = weight, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        if products.forward == "float":
+        if weight.products.forward == "float":
             return F.linear(x, weight.dequantize().to(x.dtype), None if bias is None else bias.to(x.dtype))
+        assert x_q is not None
         assert x_scale is not None
-        codes, scale = weight.product_codes()
-        product = ops.int_mm(x_q, codes.T)
-        if scale.ndim == 0:
-            return ops.scale_product(product, x_scale * scale, None, bias).to(x.dtype)
-        return ops.scale_product(product, x_scale, scale.flatten(), bias).to(x.dtype)
+        return _integer_product(x_q, x_scale, weight, bias).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x_q, x_scale, *_ = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, x_scale, *_ = ctx.saved_tensors
         weight: QuantizedTensor = ctx.weight
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = _grad_input(dy, weight).to(ctx.x_dtype)
-        if ctx.needs_input_grad[1]:
-            grad_weight = _grad_weight(dy, x_q, x_scale, weight.products.grad_weight).to(weight.dtype)
-        if ctx.needs_input_grad[2]:
+        if ctx.needs_input_grad[3]:
+            grad_weight = _grad_weight(dy, x, x_scale, weight.products.grad_weight).to(weight.dtype)
+        if ctx.needs_input_grad[4]:
             grad_bias = dy.sum(0).to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias
+        return grad_x, None, None, grad_weight, grad_bias
+
+
+class _QuantizedSwiGLULinear(torch.autograd.Function):
+    """y = (silu(gate) up) Wᵀ + b, where the activations exist as int8 only; gate and up are [tokens, in]."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
+        h_q, h_scale = activations.swiglu_quantized(gate, up)
+        ctx.save_for_backward(gate, up, h_q, h_scale, weight.codes, weight.scale)
+        ctx.weight = weight
+        return _integer_product(h_q, h_scale, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, h_q, h_scale, *_ = ctx.saved_tensors
+        weight: QuantizedTensor = ctx.weight
+        grad_gate = grad_up = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            grad_gate, grad_up = activations.swiglu_backward(_grad_input(dy, weight), gate, up)
+        if ctx.needs_input_grad[2]:
+            grad_weight = _grad_weight(dy, h_q, h_scale, weight.products.grad_weight).to(weight.dtype)
+        if ctx.needs_input_grad[3]:
+            grad_bias = dy.sum(0)
+        return grad_gate, grad_up, grad_weight, grad_bias
+
+
+def _integer_product(x_q: Tensor, x_scale: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
+    codes, scale = weight.product_codes()
+    if scale.ndim == 0:
+        return ops.scaled_product(x_q, codes.T, x_scale * scale, None, bias)
+    return ops.scaled_product(x_q, codes.T, x_scale, scale.flatten(), bias)
+
+
+def _int8_form(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Int8 codes and scales of the rows of x [..., in], remembered on the tensor.
+
+    Query, key and value projections read one tensor, and so do gate and up: the first quantizes it for all.
+    """
+    remembered = getattr(x, "_dqt_int8_form", None)
+    if remembered is not None and remembered[0] == x._version:
+        return remembered[1], remembered[2]
+    x_q, x_scale = ops.quantize_rows(x.detach().reshape(x.shape[:-1].numel(), x.shape[-1]))
+    if torch.compiler.is_compiling():
+        return x_q, x_scale  # the compiler finds the common expression itself
+    x._dqt_int8_form = (x._version, x_q, x_scale)  # type: ignore[attr-defined]
+    return x_q, x_scale
 
 
 def _grad_input(dy: Tensor, weight: QuantizedTensor) -> Tensor:
@@ -69,7 +120,7 @@ def _grad_input(dy: Tensor, weight: QuantizedTensor) -> Tensor:
     codes, scale = weight.product_codes()
     per_row = scale.ndim > 0
     g_q, g_scale = ops.quantize_rows(dy.float() * scale.T if per_row else dy)
-    return ops.scale_product(ops.int_mm(g_q, codes), g_scale if per_row else g_scale * scale)
+    return ops.scaled_product(g_q, codes, g_scale if per_row else g_scale * scale)
 
 
 def _grad_weight(dy: Tensor, x_q: Tensor, x_scale: Tensor | None, product: str) -> Tensor:
@@ -78,7 +129,7 @@ def _grad_weight(dy: Tensor, x_q: Tensor, x_scale: Tensor | None, product: str) 
     if product == "float":
         return (dy.float() * x_scale[:, None]).T @ x_q.float()
     n_q, n_scale = ops.quantize_columns(dy, x_scale)
-    return ops.scale_product(ops.int_mm(n_q.T, x_q), n_scale)
+    return ops.scaled_product(n_q.T, x_q, n_scale)
 
 
 @implements(F.linear)
@@ -104,8 +155,32 @@ def quantized_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) 
         return _few_tokens(input, weight, bias)
     # Products are explicit about their dtypes; autocast must not change them inside.
     with torch.autocast(device, enabled=False):
+        products = weight.products
+        reads_int8 = products.forward == "int8" or products.grad_weight == "int8"
+        x_q, x_scale = _int8_form(input) if reads_int8 else (None, None)
         tokens = input.reshape(input.shape[:-1].numel(), input.shape[-1])
-        return _QuantizedLinear.apply(tokens, weight, bias).view(*input.shape[:-1], weight.shape[0])
+        y = _QuantizedLinear.apply(tokens, x_q, x_scale, weight, bias)
+        return y.view(*input.shape[:-1], weight.shape[0])
+
+
+def quantized_swiglu_linear(
+    gate: Tensor, up: Tensor, weight: QuantizedTensor, bias: Tensor | None = None
+) -> Tensor:
+    """`F.linear(silu(gate) * up, weight, bias)` without the float activations between them.
+
+    Args:
+        gate: `float32` [..., in].
+        up: `float32` of the same shape.
+        weight: `QuantizedTensor` [out, in] whose forward product is integer.
+        bias: Float tensor [out] or None.
+
+    Returns:
+        `float32` [..., out].
+    """
+    flat = (gate.shape[:-1].numel(), gate.shape[-1])
+    gate_rows, up_rows = gate.reshape(flat).contiguous(), up.reshape(flat).contiguous()
+    y = _QuantizedSwiGLULinear.apply(gate_rows, up_rows, weight, bias)
+    return y.view(*gate.shape[:-1], weight.shape[0])
 
 
 def _few_tokens(input: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dqt.errors import ConfigError
 from dqt.numerics import packing
-from dqt.ops import products, reference
+from dqt.ops import gemm, products, reference
 from dqt.ops.registry import fits, operation
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "quantize_columns",
     "quantize_rows",
     "scale_product",
+    "scaled_product",
     "unpack",
 ]
 
@@ -110,6 +111,24 @@ def packed_linear(
     if bias is not None:
         fits("packed_linear", "bias", bias, None, outputs)
     return x.new_empty((x.shape[0], outputs), dtype=torch.float32)
+
+
+@operation(
+    "(Tensor a, Tensor b, Tensor row_scale, Tensor? column_scale=None, Tensor? bias=None) -> Tensor",
+    gemm.scaled_product,
+    kernel=False,
+)
+def scaled_product(
+    a: Tensor, b: Tensor, row_scale: Tensor, column_scale: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """Floats of an int8 matrix product, `scale_product(int_mm(a, b), ...)`; see `gemm.scaled_product`."""
+    fits("scaled_product", "a", a, torch.int8, None, None)
+    fits("scaled_product", "b", b, torch.int8, a.shape[1], None)
+    fits("scaled_product", "row_scale", row_scale, torch.float32, a.shape[0])
+    for name, vector in (("column_scale", column_scale), ("bias", bias)):
+        if vector is not None:
+            fits("scaled_product", name, vector, None, b.shape[1])
+    return a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32)
 
 
 def pack(values: Tensor, bits: int) -> Tensor:

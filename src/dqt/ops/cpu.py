@@ -3,8 +3,8 @@
 The library is built by `pip install` where there is a C++ compiler (see CMakeLists.txt); without it
 everything runs on the reference, five to fifty times slower in these operations. It holds the same kernels
 for AVX512, AVX2 and portable C++ and takes the best one that the CPU has; the environment variable DQT_ISA
-forces one (avx512, avx2, portable, or reference for none). ctypes costs 1 µs a call, and keeps the library
-free of torch's ABI.
+forces one (amx, avx512, avx2, portable, or reference for none; amx is avx512 with another matrix product).
+ctypes costs 1 µs a call, and keeps the library free of torch's ABI.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from dqt.errors import ConfigError, did_you_mean
 
-INTERFACE_VERSION = 2
-ISAS = ("avx512", "avx2", "portable")
+INTERFACE_VERSION = 3
+ISAS = ("amx", "avx512", "avx2", "portable")
 STATUS = {1: "they do not fit together, or overflow", 2: "no instruction set was chosen", 3: "no memory"}
 
 
@@ -99,9 +99,15 @@ def _is_cut_off(path: Path) -> bool:
 
 
 def active_isa() -> str:
-    """The instruction set in use: "avx512", "avx2", "portable", or "reference" without the library."""
+    """The instruction set in use: one of `ISAS`, or "reference" without the library."""
     lib = library()
     return lib.dqt_active().decode() if lib else "reference"
+
+
+def gemm_library(*tensors: Tensor) -> ctypes.CDLL | None:
+    """The library, if it can multiply these `int8` tensors."""
+    lib = usable(*tensors)
+    return lib if lib is not None and lib.dqt_has_gemm() else None
 
 
 def _share_threads_with_torch(lib: ctypes.CDLL) -> None:

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dqt.ops.reference import exact_sqrt as exact_sqrt
+
 SECOND_MOMENTS = ("full", "factored")
 
 
@@ -100,12 +102,3 @@ def second_moment_rows(
 def first_moment_rows(state: dict[str, Any], grad: Tensor, rows: slice, beta1: float) -> Tensor:
     """First moment of some rows, brought up to date with their `grad`; the gradient itself without one."""
     return state["exp_avg"][rows].mul_(beta1).add_(grad * (1 - beta1)) if "exp_avg" in state else grad
-
-
-def exact_sqrt(x: Tensor) -> Tensor:
-    """The correctly rounded root of `float32` numbers.
-
-    torch's own is not, where it calls MKL (0.7 % of the results are one unit off); through float64 it is,
-    because no float32 number has a root that close to the middle of two others.
-    """
-    return x.double().sqrt_().float()

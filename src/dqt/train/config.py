@@ -231,6 +231,7 @@ class TrainConfig(Section):
         activation_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
         gradient_release: Update each weight inside the backward pass, so that one gradient lives at a time.
         compile: Run the decoder layers through `torch.compile`, see `dqt.train.compiled`.
+        fused: Norms, SwiGLU and rotary embedding in one pass each; low-bit methods only, and not `paper`.
         seed: Of weights, order of data, and rounding.
         threads: CPU threads; results may differ in the last bits between numbers of threads.
         out: The run's directory; None makes one under `runs/`.
@@ -252,6 +253,7 @@ class TrainConfig(Section):
     activation_checkpointing: bool | None = None
     gradient_release: bool = False
     compile: bool = False
+    fused: bool = True
     seed: int = 0
     threads: int | None = None
     out: str | None = None

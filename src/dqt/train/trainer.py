@@ -27,6 +27,7 @@ from dqt.data.sampler import Sampler
 from dqt.data.tokenizer import load_tokenizer
 from dqt.errors import NonFiniteError
 from dqt.evaluate import Evaluation, evaluate
+from dqt.fused import fuse_
 from dqt.memory import MemoryTable, measure, peak_memory, process_memory
 from dqt.models import build_config, build_with_recipe, count_parameters
 from dqt.optim import GradientRelease
@@ -93,6 +94,8 @@ class Trainer:
         self.model, self.quantized = build_with_recipe(
             model_config(config, corpus), self.recipe, config.quant.rules_to_bits, train.seed
         )
+        if train.fused and self.recipe.quantized and self.recipe.method != "paper":
+            fuse_(self.model)
         if train.activation_checkpointing:
             with warnings.catch_warnings():  # transformers 5 has a new name for it, and both work until 6
                 warnings.simplefilter("ignore", FutureWarning)

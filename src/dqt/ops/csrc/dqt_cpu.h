@@ -54,5 +54,17 @@ struct DqtKernels {
                          int is_signed, const std::int16_t* planes, std::int64_t begin, std::int64_t end,
                          std::int32_t* product);
   void (*update)(const DqtUpdate* args, std::int64_t begin, std::int64_t end, std::int64_t stats[4]);
+  void (*rms_norm)(const float* x, const float* weight, float eps, std::int64_t columns, std::int64_t begin,
+                   std::int64_t end, float* y, float* rstd);
+  void (*rms_norm_grad_input)(const float* dy, const float* x, const float* weight, const float* rstd,
+                              std::int64_t columns, std::int64_t begin, std::int64_t end, float* dx);
+  void (*rms_norm_grad_weight)(const float* dy, const float* x, const float* rstd, std::int64_t rows,
+                               std::int64_t columns, std::int64_t begin, std::int64_t end, float* dweight);
+  void (*swiglu)(const float* gate, const float* up, std::int64_t columns, std::int64_t begin, std::int64_t end,
+                 float* h, std::int8_t* q, float* scale);
+  void (*swiglu_backward)(const float* dh, const float* gate, const float* up, std::int64_t begin, std::int64_t end,
+                          float* dgate, float* dup);
+  void (*rotary)(const float* x, const float* cos, const float* sin, std::int64_t heads, std::int64_t width,
+                 std::int64_t positions, int transposed, std::int64_t begin, std::int64_t end, float* y);
 };
 }

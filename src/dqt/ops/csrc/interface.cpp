@@ -9,6 +9,7 @@
 #include "parallel.h"
 
 extern "C" const DqtKernels* dqt_kernels_portable();
+extern "C" int dqt_gemm_select(const char* isa);
 #ifdef DQT_X86
 extern "C" const DqtKernels* dqt_kernels_avx2();
 extern "C" const DqtKernels* dqt_kernels_avx512();
@@ -28,6 +29,7 @@ const char* active = "none";
 
 const DqtKernels* find(const char* name) {
   if (std::strcmp(name, "portable") == 0) {
+    dqt_gemm_select(name);
     active = "portable";
     return dqt_kernels_portable();
   }
@@ -36,6 +38,11 @@ const DqtKernels* find(const char* name) {
   const bool avx2 = __builtin_cpu_supports("avx2");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (std::strcmp(name, "amx") == 0 && avx512 && dqt_gemm_select("amx") == 0) {
+    active = "amx";
+    return dqt_kernels_avx512();
+  }
+  dqt_gemm_select(name);  // without a product of its own, Python multiplies
   if (std::strcmp(name, "avx512") == 0 && avx512) {
     active = "avx512";
     return dqt_kernels_avx512();
@@ -84,9 +91,9 @@ int over_columns(std::int64_t rows, std::int64_t columns, const Body& body) {
 extern "C" {
 
 // Version of this interface; Python refuses a library of another one.
-int dqt_interface_version() { return 2; }
+int dqt_interface_version() { return 3; }
 
-// Chooses "avx512", "avx2" or "portable". Returns 0, or 1 if this CPU or build lacks it.
+// Chooses "amx" (avx512 with another integer product), "avx512", "avx2" or "portable". Returns 0, or 1 if this CPU or build lacks it.
 int dqt_select(const char* name) {
   const DqtKernels* found = find(name);
   if (!found) return 1;
@@ -202,6 +209,62 @@ int dqt_packed_linear(std::int64_t tokens, std::int64_t columns, const float* x,
                            y + t * outputs);
   }
   return kOk;
+}
+
+int dqt_rms_norm(std::int64_t rows, std::int64_t columns, const float* x, const float* weight, double eps, float* y,
+                 float* rstd) {
+  if (!fits(rows, columns)) return kBadSize;
+  return over_rows(rows, columns, [&](std::int64_t begin, std::int64_t end) {
+    kernels->rms_norm(x, weight, static_cast<float>(eps), columns, begin, end, y, rstd);
+  });
+}
+
+int dqt_rms_norm_backward(std::int64_t rows, std::int64_t columns, const float* dy, const float* x,
+                          const float* weight, const float* rstd, float* dx, float* dweight) {
+  if (!fits(rows, columns)) return kBadSize;
+  const int status = over_rows(rows, columns, [&](std::int64_t begin, std::int64_t end) {
+    kernels->rms_norm_grad_input(dy, x, weight, rstd, columns, begin, end, dx);
+  });
+  if (status) return status;
+  return over_columns(rows, columns, [&](std::int64_t begin, std::int64_t end) {
+    kernels->rms_norm_grad_weight(dy, x, rstd, rows, columns, begin, end, dweight);
+  });
+}
+
+int dqt_swiglu(std::int64_t rows, std::int64_t columns, const float* gate, const float* up, float* h) {
+  if (!fits(rows, columns)) return kBadSize;
+  return over_rows(rows, columns, [&](std::int64_t begin, std::int64_t end) {
+    kernels->swiglu(gate, up, columns, begin, end, h, nullptr, nullptr);
+  });
+}
+
+int dqt_swiglu_quantized(std::int64_t rows, std::int64_t columns, const float* gate, const float* up, std::int8_t* q,
+                         float* scale) {
+  if (!fits(rows, columns)) return kBadSize;
+  if (!kernels) return kNotSelected;
+  const std::unique_ptr<float[]> row_each(new (std::nothrow) float[columns * dqt::threads.count]);
+  if (!row_each) return kNoMemory;
+  dqt::parallel_for(rows, row_grain(columns), [&](std::int64_t begin, std::int64_t end, int part) {
+    kernels->swiglu(gate, up, columns, begin, end, row_each.get() + part * columns, q, scale);
+  });
+  return kOk;
+}
+
+int dqt_swiglu_backward(std::int64_t rows, std::int64_t columns, const float* dh, const float* gate, const float* up,
+                        float* dgate, float* dup) {
+  if (!fits(rows, columns)) return kBadSize;
+  return over_rows(rows, columns, [&](std::int64_t begin, std::int64_t end) {
+    kernels->swiglu_backward(dh, gate, up, begin * columns, end * columns, dgate, dup);
+  });
+}
+
+// x [rows, width]: `heads` rows for each token; cos and sin [positions, width].
+int dqt_rotary(std::int64_t rows, std::int64_t width, const float* x, const float* cos, const float* sin,
+               std::int64_t positions, std::int64_t heads, std::int64_t transposed, float* y) {
+  if (!fits(rows, width) || width % 2 || heads < 1 || rows % heads || positions < 1) return kBadSize;
+  return over_rows(rows / heads, heads * width, [&](std::int64_t begin, std::int64_t end) {
+    kernels->rotary(x, cos, sin, heads, width, positions, transposed != 0, begin, end, y);
+  });
 }
 
 int dqt_update(DqtUpdate* args) {

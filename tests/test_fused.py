@@ -1,0 +1,185 @@
+"""Fused layers compute what the plain ones do, forward and backward, and fall back where they do not fit."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+import dqt
+from dqt import ops
+from dqt.fused import fuse_
+from dqt.models import build_config, build_model
+from dqt.ops import activations, reference
+from dqt.tensor import FLOAT_PRODUCTS
+from dqt.train.losses import language_model_loss
+
+ARCHITECTURES = ("llama", "bitnet")
+
+
+def small_model(arch: str, bits: str | None = "ternary", **quantize: Any) -> nn.Module:
+    config = build_config(
+        "micro", arch, vocab_size=64, seq_len=32, overrides={"hidden_size": 64, "intermediate_size": 96}
+    )
+    model = build_model(config, seed=0, init_gain=1.0)
+    if bits is not None:
+        dqt.quantize_(model, bits, **quantize)
+    return model
+
+
+def tokens() -> Tensor:
+    return torch.randint(0, 64, (2, 17), generator=torch.Generator().manual_seed(1))
+
+
+def gradients(one: nn.Module, other: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+    for (name, a), (_, b) in zip(one.named_parameters(), other.named_parameters(), strict=True):
+        assert a.grad is not None, name
+        assert b.grad is not None, name
+        yield name, a.grad, b.grad
+
+
+def test_exponential_is_within_two_units_in_the_last_place() -> None:
+    x = torch.linspace(-87, 88, 100_001)
+    exact = x.double().exp()
+    assert ((reference.exponential(x).double() - exact) / exact).abs().max() < 2 * 2**-23
+    outside = reference.exponential(torch.tensor([-1e9, -torch.inf, 1e9, torch.inf, torch.nan]))
+    assert outside[:2].tolist() == pytest.approx([math.exp(-87)] * 2, rel=1e-6)
+    assert outside[2:4].tolist() == pytest.approx([math.exp(88)] * 2, rel=1e-6)
+    assert outside[4].isnan()
+
+
+def plain_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+def plain_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return apply_rotary_pos_emb(x, x, cos[None], sin[None], unsqueeze_dim=2)[0]
+
+
+def test_operations_and_their_gradients_equal_float64_autograd() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    x, weight, gate, up = normal(37, 50), normal(50), normal(37, 50) * 4, normal(37, 50)
+    heads, cos, sin = normal(2, 5, 3, 8), normal(5, 8), normal(5, 8)
+    dy, dheads = normal(37, 50), normal(2, 5, 3, 8)
+    y, rstd = reference.rms_norm(x, weight, 1e-6)
+    cases: list[tuple[Callable[..., Tensor], tuple[Tensor, ...], Tensor, Tensor, tuple[Tensor, ...]]] = [
+        (plain_norm, (x, weight), dy, y, reference.rms_norm_backward(dy, x, weight, rstd)),
+        (
+            lambda g, u: F.silu(g) * u,
+            (gate, up),
+            dy,
+            reference.swiglu(gate, up),
+            reference.swiglu_backward(dy, gate, up),
+        ),
+        (
+            lambda h: plain_rotary(h, cos.double(), sin.double()),
+            (heads,),
+            dheads,
+            reference.rotary(heads, cos, sin),
+            (reference.rotary(dheads, cos, sin, transposed=True),),
+        ),
+    ]
+    for function, inputs, grad, output, grads in cases:
+        exact_inputs = [t.double().requires_grad_() for t in inputs]
+        exact = function(*exact_inputs)
+        torch.testing.assert_close(output.double(), exact, rtol=2e-6, atol=2e-6)
+        for ours, theirs in zip(grads, torch.autograd.grad(exact, exact_inputs, grad.double()), strict=True):
+            torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_fused_model_with_float_products_is_the_plain_one(arch: str) -> None:
+    plain = small_model(arch, products=FLOAT_PRODUCTS)
+    fused = copy.deepcopy(plain)
+    assert len(fuse_(fused)) == (9 if arch == "llama" else 13)
+    losses = [language_model_loss(model, tokens()) for model in (plain, fused)]
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+    for loss in losses:
+        loss.backward()
+    for name, one, other in gradients(plain, fused):
+        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("bits", ["ternary", "8"])
+def test_a_fused_integer_model_differs_by_rounding_only(arch: str, bits: str) -> None:
+    """Activations near the middle of two int8 values may fall to either side."""
+    plain = small_model(arch, bits)
+    fused = copy.deepcopy(plain)
+    fuse_(fused)
+    losses = [language_model_loss(model, tokens()) for model in (plain, fused)]
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
+    for loss in losses:
+        loss.backward()
+    for name, one, other in gradients(plain, fused):
+        assert torch.linalg.vector_norm(other - one) < 0.02 * torch.linalg.vector_norm(one), name
+
+
+def test_a_fused_model_is_saved_copied_and_generates_as_the_plain_one() -> None:
+    plain = small_model("llama").eval()
+    fused = copy.deepcopy(plain)
+    fuse_(fused)
+    fused = copy.deepcopy(fused)
+    assert fused.state_dict().keys() == plain.state_dict().keys()
+    with torch.no_grad():
+        outputs = [
+            model.generate(tokens()[:, :5], max_new_tokens=8, do_sample=False) for model in (plain, fused)
+        ]
+    assert torch.equal(*outputs)
+
+
+def test_what_does_not_fit_runs_as_before() -> None:
+    on_the_grid = small_model("llama", rules={"*norm": 8})
+    assert not [name for name in fuse_(on_the_grid) if "norm" in name]
+    assert fuse_(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))) == []
+    plain = small_model("llama", None)
+    fused = copy.deepcopy(plain)
+    fuse_(fused)
+    for model in (plain, fused):
+        model.double()
+    losses = [language_model_loss(model, tokens()).item() for model in (plain, fused)]
+    assert losses[0] == losses[1], "in float64 the plain forward runs"
+
+
+def test_query_key_and_value_share_one_quantization(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantized: list[tuple[int, ...]] = []
+
+    def counted(x: Tensor) -> tuple[Tensor, Tensor]:
+        quantized.append(tuple(x.shape))
+        return reference.quantize_rows(x)
+
+    monkeypatch.setattr(ops, "quantize_rows", counted)
+    model = small_model("llama")
+    fuse_(model)
+    with torch.no_grad():
+        model(tokens())
+    # In each of two layers: once for q, k and v, once for o, once for gate and up; down's is part of SwiGLU.
+    assert len(quantized) == 2 * 3
+
+
+def test_a_changed_input_is_quantized_again() -> None:
+    linear = nn.Linear(8, 4, bias=False)
+    dqt.quantize_(nn.Sequential(linear), "ternary")
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    before = linear(x)
+    x.mul_(2.0)
+    torch.testing.assert_close(linear(x), before * 2)
+
+
+def test_a_nan_reaches_the_result() -> None:
+    bad = torch.ones(3, 8)
+    bad[1, 2] = torch.nan
+    assert activations.swiglu(bad, torch.ones(3, 8))[1, 2].isnan()
+    assert activations.swiglu_quantized(bad, torch.ones(3, 8))[1].isnan().tolist() == [False, True, False]
+    assert activations.rms_norm(bad, torch.ones(8), 1e-6)[0][1].isnan().all()
