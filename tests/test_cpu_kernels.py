@@ -214,50 +214,73 @@ def test_few_tokens(
         assert_same(on_reference(monkeypatch, lambda: layer(x)), unpacked)
 
 
-# bits, residual bits, second moment, beta1, weight decay, per row, rounding, shape
-UPDATES = [
-    ("1", 0, "full", 0.9, 0.1, False, "stochastic", (33, 70)),
-    ("1", 16, "factored", 0.0, 0.1, True, "nearest", (33, 70)),
-    ("ternary", 0, "factored", 0.0, 0.0, False, "stochastic", (5, 1301)),
-    ("ternary", 8, "factored", 0.0, 0.1, False, "stochastic", (130, 520)),
-    ("ternary", 6, "full", 0.9, 0.0, True, "stochastic", (5, 1301)),
-    ("2", 2, "full", 0.0, 0.1, False, "nearest", (33, 70)),
-    ("3", 5, "factored", 0.9, 0.1, True, "stochastic", (9, 1030)),
-    ("4", 8, "factored", 0.0, 0.0, False, "stochastic", (64, 512)),
-    ("5", 3, "full", 0.9, 0.1, False, "stochastic", (7, 13)),
-    ("6", 16, "full", 0.9, 0.1, True, "stochastic", (33, 70)),
-    ("7", 4, "factored", 0.9, 0.0, False, "nearest", (33, 71)),
-    ("8", 0, "full", 0.9, 0.1, False, "stochastic", (130, 520)),
-    ("8", 8, "full", 0.0, 0.0, True, "stochastic", (1, 4099)),
+FACTORED = {"second_moment": "factored", "betas": (0.0, 0.95)}
+INT8 = {"first_moment": "int8", "second_moment": "int8"}
+# bits or None for float, shape, optimizer, per row, its settings; by default residual_bits 0 and decay 0.1
+UPDATES: list[tuple[str | None, tuple[int, int], str, bool, dict[str, Any]]] = [
+    ("1", (33, 70), "AdamW", False, {}),
+    ("1", (33, 70), "AdamW", True, {"residual_bits": 16, **FACTORED, "rounding": "nearest"}),
+    ("ternary", (5, 1301), "AdamW", False, {**FACTORED, "weight_decay": 0.0}),
+    ("ternary", (130, 520), "AdamW", False, {"residual_bits": 8, **FACTORED}),
+    ("ternary", (5, 1301), "AdamW", True, {"residual_bits": 6, "weight_decay": 0.0}),
+    ("ternary", (33, 256), "AdamW", False, {"residual_bits": 8, "betas": (0.9, 0.95), **INT8}),
+    ("2", (33, 70), "AdamW", False, {"residual_bits": 2, "betas": (0.0, 0.95), "rounding": "nearest"}),
+    (
+        "3",
+        (9, 1030),
+        "AdamW",
+        True,
+        {"residual_bits": 5, "second_moment": "factored", "first_moment": "bf16"},
+    ),
+    ("4", (64, 512), "AdamW", False, {"residual_bits": 8, **FACTORED, "weight_decay": 0.0}),
+    ("5", (7, 13), "AdamW", False, {"residual_bits": 3, **INT8}),
+    ("6", (33, 70), "AdamW", True, {"residual_bits": 16, "first_moment": "bf16"}),
+    ("7", (33, 71), "AdamW", False, {"residual_bits": 4, "second_moment": "factored", "rounding": "nearest"}),
+    ("8", (130, 520), "AdamW", False, {}),
+    ("8", (130, 520), "AdamW", False, INT8),
+    ("8", (1, 4099), "AdamW", True, {"residual_bits": 8, "betas": (0.0, 0.95), "second_moment": "int8"}),
+    ("ternary", (33, 301), "Adafactor", False, {"lr": 0.5, "residual_bits": 8}),
+    ("ternary", (33, 301), "Adafactor", True, {"lr": None, "beta1": 0.9, "first_moment": "int8"}),
+    ("8", (130, 520), "Adafactor", False, {"lr": 0.02, "beta1": 0.9, "scale_parameter": False}),
+    ("ternary", (33, 301), "SGD", False, {"residual_bits": 8}),
+    ("4", (33, 301), "SGD", False, {"momentum": 0.9, "first_moment": "bf16"}),
+    ("3", (33, 301), "PaperAdamW", False, {"lr": 0.002}),
+    ("8", (64, 512), "PaperAdamW", False, {"lr": 0.002}),
+    (None, (33, 301), "AdamW", False, {}),
+    (None, (130, 512), "AdamW", False, INT8),
+    (None, (130, 512), "AdamW", False, {"second_moment": "factored", "first_moment": "bf16"}),
+    (None, (33, 301), "Adafactor", False, {"beta1": 0.9}),
+    (None, (33, 301), "SGD", False, {"momentum": 0.9, "first_moment": "int8"}),
 ]
 
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("case", UPDATES, ids=str)
 def test_fused_update(case: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    bits, residual_bits, second_moment, beta1, decay, per_row, rounding, shape = case
+    bits, shape, kind, per_row, settings = case
+    if kind != "PaperAdamW":
+        settings = {"residual_bits": 0, **settings}
 
     def train() -> list[Any]:
         generator = torch.Generator().manual_seed(4)
         layer = nn.Linear(shape[1], shape[0], bias=False)
         with torch.no_grad():
             layer.weight.copy_(torch.randn(shape, generator=generator) * 0.05)
-        dqt.quantize_(nn.Sequential(layer), bits, per_row=per_row)
-        optimizer = dqt.optim.AdamW(
-            layer.named_parameters(),
-            lr=0.02,
-            betas=(beta1, 0.95),
-            weight_decay=decay,
-            seed=3,
-            residual_bits=residual_bits,
-            second_moment=second_moment,
-            rounding=rounding,
+        if bits is not None:
+            scale_rule = "paper" if kind == "PaperAdamW" else None
+            dqt.quantize_(nn.Sequential(layer), bits, per_row=per_row, scale_rule=scale_rule)
+        optimizer = getattr(dqt.optim, kind)(
+            layer.named_parameters(), **{"lr": 0.02, "weight_decay": 0.1, "seed": 3, **settings}
         )
         seen: list[Any] = []
         for _ in range(3):
-            layer.weight.grad = torch.randn(shape, generator=generator)
+            # Rows of very different size, and one without any gradient, as in an embedding.
+            grad = torch.randn(shape, generator=generator) * torch.logspace(-4, 2, shape[0])[:, None]
+            grad[shape[0] // 2] *= shape[0] == 1
+            layer.weight.grad = grad
             optimizer.step()
-            seen += [layer.weight.codes.clone(), optimizer.telemetry()]
+            weight = layer.weight
+            seen += [(weight if bits is None else weight.codes).detach().clone(), optimizer.telemetry()]
         return seen + [value for value in optimizer.state[layer.weight].values() if isinstance(value, Tensor)]
 
     fast = train()

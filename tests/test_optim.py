@@ -197,9 +197,8 @@ def test_neither_blocks_nor_order_nor_wrappers_change_a_result(
 ) -> None:
     results = []
     for blocks, order, prefix in ((2**16, 1, ""), (7, 1, ""), (40, -1, "module._orig_mod.")):
-        monkeypatch.setattr("dqt.optim.base.BLOCK_ELEMENTS", blocks)
-        monkeypatch.setattr(QuantizedOptimizer, "fused", lambda *args: False)
-        monkeypatch.setattr(AdamW, "fused", lambda *args: False)
+        monkeypatch.setattr("dqt.optim.step.BLOCK_ELEMENTS", blocks)
+        monkeypatch.setattr("dqt.optim.fused.update", lambda *args: False)
         model = model_of(case)
         named = [(prefix + name, parameter) for name, parameter in model.named_parameters()][::order]
         run(model, build(case, model, named), range(4))

@@ -25,6 +25,7 @@ __all__ = [
     "packed_linear",
     "quantize_columns",
     "quantize_rows",
+    "row_squares",
     "scale_product",
     "scaled_product",
     "unpack",
@@ -72,6 +73,17 @@ def mean_squares(x: Tensor) -> tuple[Tensor, Tensor]:
     if 0 in x.shape:
         raise ConfigError(f"mean_squares: an empty matrix {list(x.shape)} has no mean")
     return x.new_empty(x.shape[:1], dtype=torch.float32), x.new_empty(x.shape[1:], dtype=torch.float32)
+
+
+@operation("(Tensor x, Tensor? column_factor=None) -> Tensor", reference.row_squares)
+def row_squares(x: Tensor, column_factor: Tensor | None = None) -> Tensor:
+    """Mean squares of the rows of x * column_factor in a fixed order; see `reference.row_squares`."""
+    fits("row_squares", "x", x, None, None, None)
+    if column_factor is not None:
+        fits("row_squares", "column_factor", column_factor, torch.float32, x.shape[1])
+    if 0 in x.shape:
+        raise ConfigError(f"row_squares: an empty matrix {list(x.shape)} has no mean")
+    return x.new_empty(x.shape[:1], dtype=torch.float32)
 
 
 @operation("(Tensor a, Tensor b) -> Tensor", products.int_mm, kernel=False)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dqt.errors import ConfigError, did_you_mean
 
-INTERFACE_VERSION = 3
+INTERFACE_VERSION = 4
 ISAS = ("amx", "avx512", "avx2", "portable")
 STATUS = {1: "they do not fit together, or overflow", 2: "no instruction set was chosen", 3: "no memory"}
 
@@ -30,17 +30,24 @@ class Update(ctypes.Structure):
     """`DqtUpdate` of csrc/dqt_cpu.h: the same fields in the same order."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("codes", "scale", "grad", "exp_avg", "exp_avg_sq")),
-        *((name, ctypes.c_void_p) for name in ("row_factor", "column_factor", "residual")),
-        *((name, ctypes.c_int64) for name in ("rows", "columns", "code_bytes", "residual_bytes")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("codes", "weight", "scale", "paper_scale", "residual", "grad")
+        ),
+        *((name, ctypes.c_void_p) for name in ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")),
+        *((name, ctypes.c_void_p) for name in ("row_inverse", "column_inverse")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("rows", "columns", "code_bytes", "residual_bytes", "scale_blocks")
+        ),
         ("stats", ctypes.c_int64 * 4),
         ("stream", ctypes.c_uint64),
-        *((name, ctypes.c_uint32) for name in ("seed", "purpose", "step")),
+        *((name, ctypes.c_uint32) for name in ("seed", "purpose", "moment_purpose", "step")),
+        *((name, ctypes.c_int32) for name in ("first", "second", "normalize_first", "rounded_moments")),
         *((name, ctypes.c_int32) for name in ("scale_per_row", "bits", "qmin", "levels", "residual_bits")),
-        *((name, ctypes.c_int32) for name in ("threshold", "nearest")),
-        *((name, ctypes.c_float) for name in ("bottom", "lr_unit", "decay", "beta1", "one_minus_beta1")),
-        *((name, ctypes.c_float) for name in ("beta2", "one_minus_beta2", "correction1", "sqrt_correction2")),
-        ("eps", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("threshold", "short_positions", "nearest", "count")),
+        *((name, ctypes.c_float) for name in ("bottom", "lr_unit", "decay", "keep", "beta1", "weight1")),
+        *((name, ctypes.c_float) for name in ("beta2", "weight2", "root_factor", "eps")),
     )
 
 

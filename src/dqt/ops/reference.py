@@ -84,6 +84,20 @@ def mean_squares(x: Tensor) -> tuple[Tensor, Tensor]:
     return row_sums(squares) / columns, column_sums(squares) / rows
 
 
+def row_squares(x: Tensor, column_factor: Tensor | None = None) -> Tensor:
+    """Mean squares of rows, in the order that `mean_squares` states.
+
+    Args:
+        x: `float32` [rows, columns].
+        column_factor: `float32` [columns] that multiplies x first, or None for 1.
+
+    Returns:
+        `float32` [rows].
+    """
+    values = x.float() if column_factor is None else x.float() * column_factor
+    return row_sums(values.square()) / x.shape[1]
+
+
 def row_sums(values: Tensor) -> Tensor:
     """Sums of rows in the fixed order of `mean_squares`: `float32` [rows, columns] to [rows]."""
     lanes = F.pad(values, (0, -values.shape[1] % LANES)).unflatten(1, (-1, LANES))
@@ -197,6 +211,9 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool = False) -> Ten
     if transposed:
         return torch.cat((a * c + b * t, b * d - a * s), dim=-1)
     return torch.cat((a * c - b * s, b * d + a * t), dim=-1)
+=======
+    return total[:, 0] / columns
+>>>>>>> 6faf844 (Optimizers: a rule as numbers, so that AdamW, Adafactor and SGD share one reference and one kernel; int8 and bf16 moments)
 
 
 def _quantize(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:

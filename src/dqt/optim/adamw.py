@@ -12,29 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
-import torch
 from torch import Tensor
 
-from dqt import ops
-from dqt.errors import ConfigError, did_you_mean
-from dqt.numerics import philox
-from dqt.optim.base import QuantizedOptimizer
-from dqt.optim.fused import adam_update
-from dqt.optim.moments import (
-    SECOND_MOMENTS,
-    exact_sqrt,
-    first_moment_rows,
-    init_moments,
-    is_factored,
-    ordered_mean,
-    second_moment_rows,
-    update_clip,
-    update_factors,
-)
-from dqt.optim.writeback import DEFAULT_HYSTERESIS
-from dqt.tensor import QuantizedTensor
+from dqt.errors import ConfigError
+from dqt.optim.base import Options, QuantizedOptimizer
+from dqt.optim.moments import Moments, ordered_mean, update_clip
+from dqt.optim.rule import Rule
 
 
 class AdamW(QuantizedOptimizer):
@@ -46,17 +31,11 @@ class AdamW(QuantizedOptimizer):
         betas: Decay of the first and second moment; a first one of 0 keeps no first moment.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled weight decay.
-        seed: Of all random rounding, in [0, 2**32).
-        residual_bits: Remainder kept for each weight: 0 is strict, 2 to 8 or 16 bits residual, "auto" 8 bits
-            below 5-bit weights and 0 from there on.
-        hysteresis: How far beyond a cell's boundary a weight with a residual moves before its code changes,
-            in grid steps.
-        second_moment: "full", or "factored" for matrices.
-        rounding: "stochastic", or "nearest" (which changes no code in strict low-bit training; for
-            comparisons).
+        second_moment: "full", "int8" or "factored", of matrices; see `dqt.optim.moments`.
         clip_update: Limits each tensor's step: its direction is divided by what the gradient's root mean
             square, over the running one, has above this number; 0 does not clip. For gradient release, where
             the global norm can't be clipped.
+        **options: What all optimizers take; see `dqt.optim.base.Options`.
 
     Raises:
         ConfigError: If parameters are unnamed, or a setting makes no sense.
@@ -70,26 +49,13 @@ class AdamW(QuantizedOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
-        seed: int = 0,
-        residual_bits: int | str = "auto",
-        hysteresis: float = DEFAULT_HYSTERESIS,
         second_moment: str = "full",
-        rounding: str = "stochastic",
         clip_update: float = 0.0,
+        **options: Unpack[Options],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "seed": seed,
-            "residual_bits": residual_bits,
-            "hysteresis": hysteresis,
-            "second_moment": second_moment,
-            "rounding": rounding,
-            "clip_update": clip_update,
-        }
-        super().__init__(named_parameters, defaults)
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        more = {"second_moment": second_moment, "clip_update": clip_update}
+        super().__init__(named_parameters, {**defaults, **more}, options)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -99,71 +65,29 @@ class AdamW(QuantizedOptimizer):
             raise ConfigError(f"eps={group['eps']} must be positive")
         if not 0.0 <= group["clip_update"] < float("inf"):
             raise ConfigError(f"clip_update={group['clip_update']} must be finite and not negative")
-        kind = group["second_moment"]
-        if kind not in SECOND_MOMENTS:
-            raise ConfigError(f"unknown second_moment {kind!r}; {did_you_mean(kind, SECOND_MOMENTS)}")
 
-    def begin(
-        self, grad: Tensor, state: dict[str, Any], group: dict[str, Any], shape: torch.Size
-    ) -> tuple[Tensor, Tensor] | None:
-        kind = "factored" if is_factored(group["second_moment"], shape) else "full"
-        if state["step"] == 1:
-            init_moments(state, grad, group["betas"][0], kind)
-        if kind == "full" and not group["clip_update"]:
-            return None
-        means = ops.mean_squares(grad.float().contiguous())
-        if group["clip_update"]:
-            update_clip(state, float(ordered_mean(means[0])), group["betas"][1], group["clip_update"])
-        return update_factors(state, means, group["betas"][1]) if kind == "factored" else None
+    def first_beta(self, group: dict[str, Any]) -> float:
+        return float(group["betas"][0])
 
-    def direction(
-        self,
-        grad: Tensor,
-        state: dict[str, Any],
-        group: dict[str, Any],
-        factors: tuple[Tensor, Tensor] | None,
-        rows: slice,
-    ) -> Tensor:
+    def rule(self, parameter: Tensor, grad: Tensor, moments: Moments, group: dict[str, Any]) -> Rule:
         beta1, beta2 = group["betas"]
-        correction1, sqrt_correction2 = corrections(group, state)
-        m = first_moment_rows(state, grad, rows, beta1)
-        v = second_moment_rows(state, factors, grad, rows, beta2)
-        return m / exact_sqrt(v).div_(sqrt_correction2).add_(group["eps"]).mul_(correction1)
-
-    def fused(
-        self,
-        name: str,
-        weight: QuantizedTensor,
-        grad: Tensor,
-        state: dict[str, Any],
-        group: dict[str, Any],
-        factors: tuple[Tensor, Tensor] | None,
-        residual_bits: int,
-    ) -> bool:
-        return adam_update(
-            weight,
-            grad,
-            state,
-            factors,
+        step = moments.state["step"]
+        divisor = 1 - beta1**step
+        squares = None
+        if moments.second == "factored" or group["clip_update"]:
+            squares = self.mean_squares(parameter, grad)
+        if squares is not None and group["clip_update"]:
+            update_clip(moments.state, float(ordered_mean(squares[0])), beta2, group["clip_update"])
+            divisor *= moments.state["clip"]
+        root_factor, eps = divisor / math.sqrt(1 - beta2**step), group["eps"] * divisor
+        if squares is not None and moments.second == "factored":
+            moments.update_factors(squares, beta2, root_factor, eps)
+        return Rule(
             lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            betas=group["betas"],
-            corrections=corrections(group, state),
-            eps=group["eps"],
-            residual_bits=residual_bits,
-            hysteresis=group["hysteresis"],
-            nearest=group["rounding"] == "nearest",
-            counter=(group["seed"], philox.Purpose.UPDATE, philox.stream_of(name), state["step"]),
-            stats=self._stats if self.collect_telemetry else None,
+            decay=group["lr"] * group["weight_decay"],
+            beta1=beta1,
+            weight1=1 - beta1,
+            beta2=beta2,
+            root_factor=root_factor,
+            eps=eps,
         )
-
-
-def corrections(group: dict[str, Any], state: dict[str, Any]) -> tuple[float, float]:
-    """What the first moment, and the root of the second, are divided by.
-
-    1 - beta1**t, times what an update clip divides the direction by, and the root of 1 - beta2**t.
-    """
-    beta1, beta2 = group["betas"]
-    step = state["step"]
-    clip = state["clip"] if group["clip_update"] else 1.0
-    return (1 - beta1**step) * clip, math.sqrt(1 - beta2**step)

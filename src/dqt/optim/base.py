@@ -1,7 +1,9 @@
-"""What every optimizer here shares: named parameters, checks, random streams, and state that loads as saved.
+"""What every optimizer here shares: named parameters, checks, one step, and state that loads as saved.
 
-A subclass is an update rule. It sees a parameter as a matrix and returns an update direction for a few rows
-at a time; low-bit weights take it through the shared write-back, float parameters by the ordinary rule.
+A subclass says what its `Rule` is for one parameter at one step, and nothing else. The base keeps the
+moments, follows the rule, and writes the result back: to low-bit weights through the shared write-back, to
+float parameters by plain arithmetic. Both have a kernel that does it in one pass over the parameter, and a
+reference that defines it.
 
 Parameters must be named, because a weight's random numbers are keyed by its name: neither the order of the
 parameters nor the number of processes changes a result.
@@ -10,8 +12,8 @@ parameters nor the number of processes changes a result.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -19,7 +21,12 @@ from torch import Tensor
 from dqt.errors import ConfigError, DqtError, NonFiniteError, did_you_mean
 from dqt.numerics import philox
 from dqt.numerics.rounding import ROUNDINGS
+from dqt.optim import fused
+from dqt.optim.moments import FIRST_MOMENTS, SECOND_MOMENTS, Moments, mean_squares, ordered_mean
+from dqt.optim.rule import Rule
+from dqt.optim.step import Step, gradient_matrix, row_blocks, write_float
 from dqt.optim.writeback import (
+    DEFAULT_HYSTERESIS,
     WriteBackStats,
     check_residual,
     default_residual_bits,
@@ -31,8 +38,35 @@ from dqt.tensor import QuantizedTensor
 if TYPE_CHECKING:
     from dqt.optim.release import GradientRelease
 
-BLOCK_ELEMENTS = 2**16
-"""Elements a write-back handles at a time: its int64 temporaries of half a MB stay in a core's L2 cache."""
+
+class Options(TypedDict, total=False):
+    """What every optimizer here takes beside its own arguments, for all parameters or in a group.
+
+    Attributes:
+        seed: Of all random rounding, in [0, 2**32).
+        residual_bits: Remainder kept for each weight: 0 is strict, 2 to 8 or 16 bits residual, "auto" 8 bits
+            below 5-bit weights and 0 from there on.
+        hysteresis: How far beyond a cell's boundary a weight with a residual moves before its code changes,
+            in grid steps.
+        rounding: "stochastic", or "nearest" (which changes no code in strict low-bit training; for
+            comparisons).
+        first_moment: How a first moment is kept: "fp32", "bf16" or "int8"; see `dqt.optim.moments`.
+    """
+
+    seed: int
+    residual_bits: int | str
+    hysteresis: float
+    rounding: str
+    first_moment: str
+
+
+_DEFAULTS: dict[str, Any] = {
+    "seed": 0,
+    "residual_bits": "auto",
+    "hysteresis": DEFAULT_HYSTERESIS,
+    "rounding": "stochastic",
+    "first_moment": "fp32",
+}
 
 
 class QuantizedOptimizer(torch.optim.Optimizer):
@@ -46,10 +80,17 @@ class QuantizedOptimizer(torch.optim.Optimizer):
     release: GradientRelease | None = None
     _lost_release = False
 
-    def __init__(self, named_parameters: Iterable[Any], defaults: dict[str, Any]) -> None:
-        super().__init__(named_parameters, defaults)
+    def __init__(
+        self, named_parameters: Iterable[Any], defaults: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> None:
+        for key in options:
+            if key not in _DEFAULTS:
+                known = (*defaults, *_DEFAULTS)
+                raise ConfigError(f"{type(self).__name__} takes no {key!r}; {did_you_mean(key, known)}")
+        super().__init__(named_parameters, {**defaults, **_DEFAULTS, **options})
         self.collect_telemetry = True
         self._stats = WriteBackStats()
+        self._squares: dict[Tensor, tuple[Tensor, Tensor]] = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; refuses unnamed parameters, name collisions and settings that make no sense."""
@@ -83,11 +124,27 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             raise ConfigError(f"weight_decay={group['weight_decay']} must be finite and not negative")
         if not 0 <= group["seed"] < 2**32:
             raise ConfigError(f"seed={group['seed']} must be in [0, 2**32)")
-        if group["rounding"] not in ROUNDINGS:
-            raise ConfigError(
-                f"unknown rounding {group['rounding']!r}; {did_you_mean(group['rounding'], ROUNDINGS)}"
-            )
+        for key, names in (
+            ("rounding", ROUNDINGS),
+            ("first_moment", FIRST_MOMENTS),
+            ("second_moment", SECOND_MOMENTS),
+        ):
+            if (value := group.get(key)) is not None and value not in names:
+                raise ConfigError(f"unknown {key} {value!r}; {did_you_mean(value, names)}")
         check_residual(0 if group["residual_bits"] == "auto" else group["residual_bits"], group["hysteresis"])
+
+    # -- the update rule, written by subclasses --------------------------------------------------------------
+
+    def first_beta(self, group: dict[str, Any]) -> float:
+        """Decay of the first moment; 0 keeps none."""
+        raise NotImplementedError
+
+    def rule(self, parameter: Tensor, grad: Tensor, moments: Moments, group: dict[str, Any]) -> Rule:
+        """The rule of one parameter at the step `moments.state["step"]`.
+
+        Does what needs the whole gradient matrix [rows, columns], such as the factors of a second moment.
+        """
+        raise NotImplementedError
 
     # -- one step --------------------------------------------------------------------------------------------
 
@@ -110,6 +167,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         if self.release is not None:
             self.release.end_step()
             return loss
+        self._squares.clear()
         for name, parameter, _ in self.with_gradient():
             self.check_gradient(name, parameter)
         self.begin_step()
@@ -132,10 +190,15 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         Raises:
             NonFiniteError: If it holds NaN or Inf, with `unchanged` in the message.
         """
-        grad = parameter.grad
-        assert grad is not None
+        grad = gradient_matrix(parameter)
         # A norm is not finite if an element is not, or where a square overflows, which Adam divides by.
-        norm = float(torch.linalg.vector_norm(grad))
+        if "exp_avg_sq_row" in self.state.get(
+            parameter, {}
+        ):  # then the squares are wanted anyway, a pass the less
+            self._squares[parameter] = mean_squares(grad)
+            norm = math.sqrt(grad.numel() * float(ordered_mean(self._squares[parameter][0])))
+        else:
+            norm = float(torch.linalg.vector_norm(grad))
         if not math.isfinite(norm):
             bad = int((~grad.isfinite()).sum())
             what = f"{bad} NaN or Inf of {grad.numel()} elements" if bad else "values too large to square"
@@ -153,98 +216,63 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         """Takes one parameter's step; its gradient has been checked."""
         state = self.state[parameter]
         state["step"] = state.get("step", 0) + 1
+        grad = gradient_matrix(parameter)
+        moments = self._moments(parameter, group)
+        if state["step"] == 1:
+            moments.create(grad)
+        residual_bits = 0
         if isinstance(parameter, QuantizedTensor):
-            self._step_quantized(name, parameter, state, group)
-        else:
-            self._step_float(parameter, state, group)
+            residual_bits = group["residual_bits"]
+            residual_bits = default_residual_bits(parameter) if residual_bits == "auto" else residual_bits
+            if residual_bits and "residual" not in state:
+                state["residual"] = new_residual(parameter, residual_bits)
+        step = Step(
+            parameter=parameter,
+            grad=grad,
+            moments=moments,
+            rule=self.rule(parameter, grad, moments, group),
+            seed=group["seed"],
+            stream=philox.stream_of(name),
+            rounding=group["rounding"],
+            residual_bits=residual_bits,
+            hysteresis=group["hysteresis"],
+            stats=self._stats if self.collect_telemetry else None,
+        )
+        if isinstance(parameter, QuantizedTensor):
+            self._write(step, parameter)
+        elif not fused.update(step):
+            write_float(step)
 
-    def _step_quantized(
-        self, name: str, weight: QuantizedTensor, state: dict[str, Any], group: dict[str, Any]
-    ) -> None:
-        assert weight.grad is not None
-        grad = weight.grad.reshape(weight.rows, weight.shape[-1])
-        bits = group["residual_bits"]
-        bits = default_residual_bits(weight) if bits == "auto" else bits
-        if bits and "residual" not in state:
-            state["residual"] = new_residual(weight, bits)
-        factors = self.begin(grad, state, group, weight.shape)
-        if self.fused(name, weight, grad, state, group, factors, bits):
+    def _write(self, step: Step, weight: QuantizedTensor) -> None:
+        if fused.update(step):
             return
-        for rows in row_blocks(weight):
+        for rows in row_blocks(*step.grad.shape):
             write_back(
                 weight,
-                self.direction(grad[rows].float(), state, group, factors, rows),
+                step.direction(rows),
                 rows,
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                rounding=ROUNDINGS[group["rounding"]],
-                random=self._random(name, weight, state["step"], group, rows),
-                residual=state.get("residual"),
-                residual_bits=bits,
-                hysteresis=group["hysteresis"],
-                stats=self._stats if self.collect_telemetry else None,
+                lr=step.rule.lr,
+                decay=step.rule.decay,
+                rounding=ROUNDINGS[step.rounding],
+                random=step.random(rows),
+                residual=step.residual,
+                residual_bits=step.residual_bits,
+                hysteresis=step.hysteresis,
+                stats=step.stats,
             )
 
-    def _step_float(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        assert parameter.grad is not None
-        shape = parameter.shape
-        grad = parameter.grad.reshape(-1, shape[-1]) if len(shape) > 1 else parameter.grad.reshape(1, -1)
-        factors = self.begin(grad, state, group, shape)
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        direction = self.direction(grad.float(), state, group, factors, slice(None))
-        parameter.add_(direction.view(shape).to(parameter.dtype), alpha=-group["lr"])
+    def _moments(self, parameter: Tensor, group: dict[str, Any]) -> Moments:
+        """The parameter's moments as its group keeps them; a vector is small, and keeps float32."""
+        first = group["first_moment"] if self.first_beta(group) else None
+        second = group.get("second_moment")
+        if parameter.ndim < 2:
+            first, second = first and "fp32", second and "full"
+        return Moments(self.state[parameter], first, second)
 
-    def _random(
-        self, name: str, weight: QuantizedTensor, step: int, group: dict[str, Any], rows: slice
-    ) -> Tensor | None:
-        if group["rounding"] == "nearest":
-            return None
-        columns = weight.shape[-1]
-        return philox.random_uint32(
-            group["seed"],
-            philox.Purpose.UPDATE,
-            philox.stream_of(name),
-            step,
-            rows.start * columns,
-            (rows.stop - rows.start) * columns,
-            weight.device,
-        ).view(-1, columns)
-
-    # -- the update rule, written by subclasses --------------------------------------------------------------
-
-    def begin(
-        self, grad: Tensor, state: dict[str, Any], group: dict[str, Any], shape: torch.Size
-    ) -> tuple[Tensor, Tensor] | None:
-        """Makes the state on the first step, and does what needs the whole gradient matrix [rows, columns].
-
-        Returns:
-            Row and column factors of a factored second moment, or None.
-        """
-        raise NotImplementedError
-
-    def direction(
-        self,
-        grad: Tensor,
-        state: dict[str, Any],
-        group: dict[str, Any],
-        factors: tuple[Tensor, Tensor] | None,
-        rows: slice,
-    ) -> Tensor:
-        """Update direction for some rows of the gradient matrix, `float32`; the caller multiplies by -lr."""
-        raise NotImplementedError
-
-    def fused(
-        self,
-        name: str,
-        weight: QuantizedTensor,
-        grad: Tensor,
-        state: dict[str, Any],
-        group: dict[str, Any],
-        factors: tuple[Tensor, Tensor] | None,
-        residual_bits: int,
-    ) -> bool:
-        """Does direction and write-back in one kernel, with the same result, if it can take this case."""
-        return False
+    def mean_squares(self, parameter: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean squares of a gradient's rows and columns, from the check if there was one."""
+        squares = self._squares.pop(parameter, None)
+        return mean_squares(grad) if squares is None else squares
 
     # -- telemetry and state ---------------------------------------------------------------------------------
 
@@ -256,7 +284,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         """What `copy.deepcopy` takes; hooks stay with the parameters that they were put on."""
         lost = self.release is not None or self._lost_release
         own = {"collect_telemetry": self.collect_telemetry, "_stats": self._stats, "_lost_release": lost}
-        return {**super().__getstate__(), **own}
+        return {**super().__getstate__(), **own, "_squares": {}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` gave, every tensor in the dtype it was saved in.
@@ -279,10 +307,3 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                 key: value.detach().clone().to(parameter.device) if isinstance(value, Tensor) else value
                 for key, value in saved.items()
             }
-
-
-def row_blocks(weight: QuantizedTensor) -> Iterator[slice]:
-    """Slices of about `BLOCK_ELEMENTS` elements that cover a weight's rows."""
-    height = max(1, BLOCK_ELEMENTS // max(1, weight.shape[-1]))
-    for start in range(0, weight.rows, height):
-        yield slice(start, min(start + height, weight.rows))

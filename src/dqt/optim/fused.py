@@ -1,7 +1,8 @@
-"""Adam's direction, the write-back and the packing in one pass over a weight, by the CPU kernel.
+"""A parameter's whole update in one pass, by the CPU kernel: moments, direction, write-back and packing.
 
-The kernel keeps a segment of 512 weights in the first-level cache from the gradient to the packed code, where
-the reference makes some thirty passes. Its result is bit for bit that of `AdamW.direction` and `write_back`.
+The kernel keeps 128 elements in the first-level cache from the gradient to the packed code, where the
+reference makes some thirty passes. Its results are bit for bit those of `Rule.direction` and `write_back`, or
+`write_float`.
 """
 
 from __future__ import annotations
@@ -14,104 +15,115 @@ import torch
 from torch import Tensor
 
 from dqt.errors import ConfigError
+from dqt.numerics import philox
 from dqt.ops import cpu
-from dqt.optim.writeback import WriteBackStats
+from dqt.optim.moments import Moments
+from dqt.optim.step import Step
 from dqt.tensor import QuantizedTensor
 
+_KINDS = {None: 0, "fp32": 1, "full": 1, "bf16": 2, "int8": 3, "factored": 4}
+_TYPES = {1: torch.float32, 2: torch.bfloat16}
 
-def adam_update(
-    weight: QuantizedTensor,
-    grad: Tensor,
-    state: dict[str, Any],
-    factors: tuple[Tensor, Tensor] | None,
-    *,
-    lr: float,
-    weight_decay: float,
-    betas: tuple[float, float],
-    corrections: tuple[float, float],
-    eps: float,
-    residual_bits: int,
-    hysteresis: float,
-    nearest: bool,
-    counter: tuple[int, int, int, int],
-    stats: WriteBackStats | None,
-) -> bool:
-    """One step of a weight.
+
+def update(step: Step, paper_scale: Tensor | None = None) -> bool:
+    """One step of a parameter.
 
     Args:
-        weight: The weight; its codes change.
-        grad: Gradient matrix [rows, columns].
-        state: The optimizer's state of the weight: moments and residual, which change.
-        factors: Row and column factors of a factored second moment, or None for a full one.
-        lr: Learning rate.
-        weight_decay: Decoupled weight decay.
-        betas: Moment decays.
-        corrections: See `dqt.optim.adamw.corrections`.
-        eps: Added to the root of the second moment.
-        residual_bits: 0 is strict.
-        hysteresis: h, in grid steps.
-        nearest: Round to nearest instead of stochastically.
-        counter: Seed, purpose, stream and step of the random numbers.
-        stats: Counts to add to, or None.
+        step: What to do.
+        paper_scale: The new scale of the paper's recipe, which rounds values on it; see `dqt.optim.paper`.
 
     Returns:
         Whether there is a kernel for this case; if not, nothing was changed.
     """
-    residual = state.get("residual")
-    lib = cpu.usable(weight.codes, grad, residual)
+    parameter, grad = step.parameter, step.grad
+    weight = parameter if isinstance(parameter, QuantizedTensor) else None
+    lib = cpu.usable(weight.codes if weight is not None else parameter, grad)
     if lib is None or grad.dtype != torch.float32:
         return False
+    if weight is None and (parameter.dtype != torch.float32 or not parameter.is_contiguous()):
+        return False
     grad = grad.contiguous()
-    fmt = weight.format
-    unit = 2 ** (residual_bits - 1) if residual_bits else 1
-    row_factor, column_factor = factors or (None, None)
-    seed, purpose, stream, step = counter
+    rule = step.rule
     args = cpu.Update(
-        codes=cpu.pointer(weight.codes, torch.uint8),
-        scale=cpu.pointer(weight.scale, torch.float32),
         grad=cpu.pointer(grad, torch.float32),
-        exp_avg=cpu.pointer(state.get("exp_avg"), torch.float32),
-        exp_avg_sq=cpu.pointer(state.get("exp_avg_sq"), torch.float32),
-        row_factor=cpu.pointer(row_factor, torch.float32),
-        column_factor=cpu.pointer(column_factor, torch.float32),
-        residual=cpu.pointer(residual, torch.int16 if residual_bits == 16 else torch.uint8),
-        rows=weight.rows,
-        columns=weight.shape[-1],
-        code_bytes=weight.codes.shape[-1],
-        residual_bytes=0 if residual is None else residual.shape[-1] * residual.element_size(),
-        stream=stream,
-        seed=seed,
-        purpose=purpose,
-        step=step,
-        scale_per_row=int(weight.scale.ndim > 0),
-        bits=fmt.bits,
-        qmin=fmt.qmin,
-        levels=fmt.levels,
-        residual_bits=residual_bits,
-        threshold=math.floor((0.5 + hysteresis) * unit),
-        nearest=int(nearest),
-        bottom=(fmt.qmin - fmt.offset) * unit,
-        lr_unit=lr * unit,
-        decay=lr * weight_decay,
-        beta1=betas[0],
-        one_minus_beta1=1 - betas[0],
-        beta2=betas[1],
-        one_minus_beta2=1 - betas[1],
-        correction1=corrections[0],
-        sqrt_correction2=corrections[1],
-        eps=eps,
+        rows=grad.shape[0],
+        columns=grad.shape[1],
+        stream=step.stream,
+        seed=step.seed,
+        purpose=philox.Purpose.UPDATE,
+        moment_purpose=philox.Purpose.MOMENT,
+        step=step.number,
+        nearest=int(step.rounding == "nearest"),
+        count=int(step.stats is not None),
+        lr_unit=rule.lr,
+        decay=rule.decay,
+        keep=1 - rule.decay,
+        beta1=rule.beta1,
+        weight1=rule.weight1,
+        beta2=rule.beta2,
+        weight2=rule.weight2,
+        root_factor=rule.root_factor,
+        eps=rule.eps,
+        normalize_first=int(rule.normalize_first),
+        paper_scale=cpu.pointer(paper_scale, torch.float32),
+        **_moment_fields(step.moments),
     )
+    if weight is None:
+        args.weight = cpu.pointer(parameter, torch.float32)
+    unit = 1 if weight is None else _set_grid(args, step, weight)
     if lib.dqt_update(ctypes.byref(args)):
         raise ConfigError(
-            f"the update kernel refuses {tuple(weight.shape)} {fmt} with {residual_bits} residual bits"
+            f"the update kernel refuses {tuple(parameter.shape)} with {step.residual_bits} residual bits "
+            f"and the moments {step.moments.first}, {step.moments.second}"
         )
+    if weight is None:
+        torch.autograd.graph.increment_version(parameter)
+        return True
     torch.autograd.graph.increment_version((weight, weight.codes))
-    if stats is not None:
+    if (stats := step.stats) is not None:
         stats.elements += weight.numel()
         stats.flipped += args.stats[0]
         stats.saturated += args.stats[1]
-        stats.zeros += 0 if fmt.offset else args.stats[2]
-        if residual is not None:
+        stats.zeros += 0 if weight.format.offset else args.stats[2]
+        if step.residual is not None:
             stats.residual_squares += args.stats[3] / unit**2
             stats.residual_elements += weight.numel()
     return True
+
+
+def _moment_fields(moments: Moments) -> dict[str, Any]:
+    state, first, second = moments.state, _KINDS[moments.first], _KINDS[moments.second]
+    row_inverse, column_inverse = moments.inverses or (None, None)
+    scale = state.get("exp_avg_scale", state.get("exp_avg_sq_scale"))
+    return {
+        "first": first,
+        "second": second,
+        "exp_avg": cpu.pointer(state.get("exp_avg"), _TYPES.get(first, torch.int8)),
+        "exp_avg_sq": cpu.pointer(state.get("exp_avg_sq"), _TYPES.get(second, torch.uint8)),
+        "exp_avg_scale": cpu.pointer(state.get("exp_avg_scale"), torch.float32),
+        "exp_avg_sq_scale": cpu.pointer(state.get("exp_avg_sq_scale"), torch.float32),
+        "scale_blocks": 0 if scale is None else scale.shape[1],
+        "row_inverse": cpu.pointer(row_inverse, torch.float32),
+        "column_inverse": cpu.pointer(column_inverse, torch.float32),
+        "rounded_moments": int(moments.rounded),
+    }
+
+
+def _set_grid(args: cpu.Update, step: Step, weight: QuantizedTensor) -> int:
+    """Fills in what describes the weight's grid; returns positions in a grid step."""
+    fmt, residual, bits = weight.format, step.residual, step.residual_bits
+    unit = 2 ** (bits - 1) if bits else 1
+    args.codes = cpu.pointer(weight.codes, torch.uint8)
+    args.scale = cpu.pointer(weight.scale, torch.float32)
+    args.scale_per_row = int(weight.scale.ndim > 0)
+    args.code_bytes = weight.codes.shape[-1]
+    args.bits, args.qmin, args.levels = fmt.bits, fmt.qmin, fmt.levels
+    args.bottom = (fmt.qmin - fmt.offset) * unit
+    args.lr_unit = step.rule.lr * unit
+    args.short_positions = int((fmt.levels - 1) * unit < 2**14)
+    if residual is not None:
+        args.residual = cpu.pointer(residual, torch.int16 if bits == 16 else torch.uint8)
+        args.residual_bytes = residual.shape[-1] * residual.element_size()
+        args.residual_bits = bits
+        args.threshold = math.floor((0.5 + step.hysteresis) * unit)
+    return unit

@@ -23,9 +23,11 @@ import torch
 from torch import Tensor
 
 from dqt.errors import ConfigError, DqtError
+from dqt.optim import fused
 from dqt.optim.adamw import AdamW
-from dqt.optim.base import row_blocks
-from dqt.optim.moments import first_moment_rows, second_moment_rows
+from dqt.optim.moments import Moments
+from dqt.optim.rule import Rule
+from dqt.optim.step import Step, row_blocks
 from dqt.tensor import QuantizedTensor
 
 
@@ -75,35 +77,38 @@ class PaperAdamW(AdamW):
             )
         return norm
 
-    def _step_quantized(
-        self, name: str, weight: QuantizedTensor, state: dict[str, Any], group: dict[str, Any]
-    ) -> None:
-        assert weight.grad is not None
-        fmt = weight.format
-        grad = weight.grad.reshape(weight.rows, weight.shape[-1])
-        self.begin(grad, state, group, weight.shape)
-        new_scale = weight.scale * largest_code(weight) / fmt.qmax
+    def rule(self, parameter: Tensor, grad: Tensor, moments: Moments, group: dict[str, Any]) -> Rule:
         beta1, beta2 = group["betas"]
-        step_size = group["lr"] * math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"])
-        for rows in row_blocks(weight):
-            codes = weight.unpack_rows(rows)
-            g = grad[rows].float()
-            m = first_moment_rows(state, g, rows, beta1)
-            v = second_moment_rows(state, None, g, rows, beta2)
-            w = codes * weight.scale - step_size * (m / v.sqrt().add_(group["eps"]))
-            w = w - (group["lr"] * group["weight_decay"]) * w
-            y = w / new_scale
-            random = self._random(name, weight, state["step"], group, rows)
-            new_codes = round_value(y, random).clamp_(fmt.qmin, fmt.qmax).to(torch.int32)
-            if self.collect_telemetry:
-                self._stats.count(weight, codes.to(torch.int32) - fmt.qmin, new_codes - fmt.qmin)
-            weight.write_codes(new_codes, rows)
+        step = moments.state["step"]
+        return Rule(
+            lr=group["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step),
+            decay=group["lr"] * group["weight_decay"],
+            beta1=beta1,
+            weight1=1 - beta1,
+            beta2=beta2,
+            eps=group["eps"],
+        )
+
+    def _write(self, step: Step, weight: QuantizedTensor) -> None:
+        fmt = weight.format
+        new_scale = weight.scale * largest_code(weight) / fmt.qmax
+        if not fused.update(step, new_scale):
+            for rows in row_blocks(*step.grad.shape):
+                codes = weight.unpack_rows(rows)
+                w = codes * weight.scale - step.rule.lr * step.direction(rows)
+                w = w - step.rule.decay * w
+                value = round_value(w / new_scale, step.random(rows)).clamp_(fmt.qmin, fmt.qmax)
+                new_codes = value.to(torch.int32)
+                if step.stats is not None:
+                    step.stats.count(weight, codes.to(torch.int32) - fmt.qmin, new_codes - fmt.qmin)
+                weight.write_codes(new_codes, rows)
         weight.scale.copy_(new_scale)
 
 
 def largest_code(weight: QuantizedTensor) -> int:
     """The signed maximum of a weight's codes."""
-    return max(int(weight.unpack_rows(rows).max()) for rows in row_blocks(weight))
+    blocks = row_blocks(weight.rows, weight.shape[-1])
+    return max(int(weight.unpack_rows(rows).max()) for rows in blocks)
 
 
 def round_value(value: Tensor, random: Tensor | None) -> Tensor:

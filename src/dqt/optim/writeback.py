@@ -4,7 +4,7 @@ With `unit` = 1 (strict, residual_bits k = 0) or 2**(k-1) (residual), a weight i
 a grid of scale / unit steps, counted from the bottom of the format's range:
 
     position  = level * unit + residual                       level = code - qmin
-    move      = SR(-(value * lr * decay + lr * direction / scale) * unit)     value = weight / scale, in steps
+    move      = SR(-(value * decay + lr * direction / scale) * unit)     value = weight / scale, in steps
     position' = clip(position + move, 0, (levels - 1) * unit)
 
 Only the move is rounded, so the sum is exact and nothing on the grid moves by itself. In strict training the
@@ -106,7 +106,7 @@ def write_back(
     rows: slice,
     *,
     lr: float,
-    weight_decay: float,
+    decay: float,
     rounding: Rounding,
     random: Tensor | None,
     residual: Tensor | None = None,
@@ -114,14 +114,14 @@ def write_back(
     hysteresis: float = DEFAULT_HYSTERESIS,
     stats: WriteBackStats | None = None,
 ) -> None:
-    """Moves some rows of a weight by -lr * (direction + weight_decay * weight), in place.
+    """Moves some rows of a weight by -(lr * direction + decay * weight), in place.
 
     Args:
         weight: The weight; its codes change.
         direction: Finite `float32` [rows, columns].
         rows: Which rows of the weight.
         lr: Learning rate, in units of the weight.
-        weight_decay: Decoupled weight decay, multiplied by lr.
+        decay: Share of the weight to take away.
         rounding: Rounding of the move.
         random: `int64` words [rows, columns] for the rounding, or None if it needs none.
         residual: Packed residual of the whole weight, changed in place; None for strict.
@@ -140,9 +140,9 @@ def write_back(
     # Two tensors, because a number divided by a tensor would be torch's reciprocal times the number, rounded
     # twice.
     displacement = direction * (torch.full_like(scale, lr * unit) / scale)
-    if weight_decay:
+    if decay:
         bottom = (fmt.qmin - fmt.offset) * unit
-        displacement += (position + bottom) * (lr * weight_decay)
+        displacement += (position + bottom) * decay
     position += rounding(displacement.neg_(), random)
     position.clamp_(0, (fmt.levels - 1) * unit)
 

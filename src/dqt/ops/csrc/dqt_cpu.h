@@ -1,36 +1,53 @@
 // The plain C interface of the CPU kernels, and the table that each instruction set fills.
 //
 // No torch headers, no exceptions across the boundary: Python checks shapes and types and passes pointers, and every
-// kernel returns 0, or says with a status that it did nothing. All matrices are row-major and contiguous. Every result is
-// bitwise the same for any number of threads and any instruction set, and the same as dqt/ops/reference.py: floats are
-// never contracted (-ffp-contract=off), division and square root are IEEE, and sums have a fixed order.
+// kernel returns 0, or says with a status that it did nothing. All matrices are row-major and contiguous. Every result
+// is bitwise the same for any number of threads and any instruction set, and the same as dqt/ops/reference.py: floats
+// are never contracted (-ffp-contract=off), division and square root are IEEE, and sums have a fixed order.
 #pragma once
 #include <cstdint>
 
+#define DQT_BLOCK_ROWS 64  // rows in a partial sum of a column
+#define DQT_BLOCK 128      // columns that share a scale of an int8 moment
+
 extern "C" {
 
-// One optimizer step of one packed weight; see dqt/optim/writeback.py for the equations. Mirrored in ops/cpu.py.
+// How a moment is kept.
+enum DqtMoment : std::int32_t { kNone, kFloat, kBfloat, kInt8, kFactored };
+constexpr DqtMoment kFull = kFloat;
+
+// One optimizer step of one parameter; see dqt/optim/rule.py, moments.py and writeback.py for the equations. Mirrored
+// in ops/cpu.py.
 struct DqtUpdate {
-  std::uint8_t* codes;        // [rows, code_bytes]
+  std::uint8_t* codes;        // [rows, code_bytes], or null: a float weight
+  float* weight;              // [rows, columns], if float
   const float* scale;         // [] or [rows]
-  const float* grad;          // [rows, columns]
-  float* exp_avg;             // [rows, columns] or null: no first moment
-  float* exp_avg_sq;          // [rows, columns] or null: factored
-  const float* row_factor;    // [rows], row average / mean of row averages, if factored
-  const float* column_factor; // [columns], if factored
+  const float* paper_scale;   // [], or null: the new scale on which values, not moves, are rounded; see optim/paper.py
   std::uint8_t* residual;     // [rows, residual_bytes], or null: strict
-  std::int64_t rows, columns, code_bytes, residual_bytes;
+  const float* grad;          // [rows, columns]
+  void* exp_avg;              // [rows, columns] as `first` says
+  void* exp_avg_sq;           // [rows, columns] as `second` says
+  float* exp_avg_scale;       // [rows, scale_blocks], if int8
+  float* exp_avg_sq_scale;    // [rows, scale_blocks], if int8
+  const float* row_inverse;   // [rows], if factored
+  const float* column_inverse;  // [columns], if factored
+  std::int64_t rows, columns, code_bytes, residual_bytes, scale_blocks;
   std::int64_t stats[4];      // out: flipped, saturated, zeros, sum of squared residuals in units
   std::uint64_t stream;
-  std::uint32_t seed, purpose, step;
-  std::int32_t scale_per_row;
-  std::int32_t bits, qmin, levels, residual_bits;
+  std::uint32_t seed, purpose, moment_purpose, step;
+  std::int32_t first, second; // DqtMoment
+  std::int32_t normalize_first;  // the gradient is divided by the root before it enters the first moment
+  std::int32_t rounded_moments;  // moments need random words
+  std::int32_t scale_per_row, bits, qmin, levels, residual_bits;
   std::int32_t threshold;     // |position - cell| up to which a code stays, in units
+  std::int32_t short_positions;  // the highest position is below 16384
   std::int32_t nearest;       // 1: round to nearest, 0: stochastic
+  std::int32_t count;         // 1: fill stats
   float bottom;               // (qmin - offset) * unit
-  float lr_unit;              // lr * unit
+  float lr_unit;              // lr * unit; lr of a float weight
   float decay;                // lr * weight_decay
-  float beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, sqrt_correction2, eps;
+  float keep;                 // 1 - decay
+  float beta1, weight1, beta2, weight2, root_factor, eps;
 };
 
 struct DqtKernels {
@@ -46,9 +63,10 @@ struct DqtKernels {
                  std::int64_t begin, std::int64_t end, std::int8_t* values);
   void (*pack)(const std::int8_t* values, std::int64_t columns, std::int64_t packed_bytes, int bits,
                std::int64_t begin, std::int64_t end, std::uint8_t* packed);
-  void (*row_mean_squares)(const float* x, std::int64_t columns, std::int64_t begin, std::int64_t end, float* mean);
-  void (*column_mean_squares)(const float* x, std::int64_t rows, std::int64_t columns, std::int64_t begin,
-                              std::int64_t end, float* mean);
+  void (*block_squares)(const float* x, std::int64_t rows, std::int64_t columns, std::int64_t begin, std::int64_t end,
+                        float* row_mean, float* partial);
+  void (*row_squares)(const float* x, const float* column_factor, std::int64_t columns, std::int64_t begin,
+                      std::int64_t end, float* mean);
   void (*spread)(const std::int8_t* q, std::int64_t columns, int bits, std::int16_t* planes);
   void (*packed_product)(const std::uint8_t* codes, std::int64_t columns, std::int64_t packed_bytes, int bits,
                          int is_signed, const std::int16_t* planes, std::int64_t begin, std::int64_t end,

@@ -91,7 +91,7 @@ int over_columns(std::int64_t rows, std::int64_t columns, const Body& body) {
 extern "C" {
 
 // Version of this interface; Python refuses a library of another one.
-int dqt_interface_version() { return 3; }
+int dqt_interface_version() { return 4; }
 
 // Chooses "amx" (avx512 with another integer product), "avx512", "avx2" or "portable". Returns 0, or 1 if this CPU or build lacks it.
 int dqt_select(const char* name) {
@@ -154,12 +154,25 @@ int dqt_scale_product(std::int64_t rows, std::int64_t columns, const std::int32_
 
 int dqt_mean_squares(std::int64_t rows, std::int64_t columns, const float* x, float* row_mean, float* column_mean) {
   if (!fits(rows, columns)) return kBadSize;
-  const int status = over_rows(rows, columns, [&](std::int64_t begin, std::int64_t end) {
-    kernels->row_mean_squares(x, columns, begin, end, row_mean);
+  if (!kernels) return kNotSelected;
+  const std::int64_t blocks = (rows + DQT_BLOCK_ROWS - 1) / DQT_BLOCK_ROWS;
+  const std::unique_ptr<float[]> partial(new (std::nothrow) float[blocks * columns]);
+  if (!partial) return kNoMemory;
+  float* sums = partial.get();
+  dqt::parallel_for(blocks, row_grain(columns * DQT_BLOCK_ROWS), [&](std::int64_t begin, std::int64_t end, int) {
+    kernels->block_squares(x, rows, columns, begin, end, row_mean, sums);
   });
-  if (status) return status;
-  return over_columns(rows, columns, [&](std::int64_t begin, std::int64_t end) {
-    kernels->column_mean_squares(x, rows, columns, begin, end, column_mean);
+  for (std::int64_t block = 1; block < blocks; ++block)
+    for (std::int64_t c = 0; c < columns; ++c) sums[c] += sums[block * columns + c];
+  for (std::int64_t c = 0; c < columns; ++c) column_mean[c] = sums[c] / static_cast<float>(rows);
+  return kOk;
+}
+
+// Of x * column_factor, which may be null for 1.
+int dqt_row_squares(std::int64_t rows, std::int64_t columns, const float* x, const float* column_factor, float* mean) {
+  if (!fits(rows, columns)) return kBadSize;
+  return over_rows(rows, columns, [&](std::int64_t begin, std::int64_t end) {
+    kernels->row_squares(x, column_factor, columns, begin, end, mean);
   });
 }
 
@@ -271,12 +284,16 @@ int dqt_update(DqtUpdate* args) {
   const DqtUpdate& a = *args;
   // An element's index / 4 is one 32-bit word of the counter of its random numbers.
   if (!fits(a.rows, a.columns) || a.rows * a.columns > kMaxStream) return kBadSize;
-  if (!packs(a.bits) || a.code_bytes != packed_size(a.columns, a.bits)) return kBadSize;
-  if (a.levels < 2 || a.levels > 1 << a.bits) return kBadSize;
+  if (a.codes) {
+    if (!packs(a.bits) || a.code_bytes != packed_size(a.columns, a.bits)) return kBadSize;
+    if (a.levels < 2 || a.levels > 1 << a.bits) return kBadSize;
+  }
   if (a.residual) {
     if (a.residual_bits != 16 && (a.residual_bits < 2 || !packs(a.residual_bits))) return kBadSize;
     if (a.residual_bytes != packed_size(a.columns, a.residual_bits)) return kBadSize;
   }
+  if ((a.first == kInt8 || a.second == kInt8) && a.scale_blocks != (a.columns + DQT_BLOCK - 1) / DQT_BLOCK)
+    return kBadSize;
   if (!kernels) return kNotSelected;
   std::int64_t partial[dqt::kMaxParts][4] = {};
   dqt::parallel_for(a.rows, row_grain(a.columns), [&](std::int64_t begin, std::int64_t end, int part) {

@@ -1,0 +1,103 @@
+"""One parameter's update: what the reference and the kernel need to know, and where they write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dqt.numerics import philox
+from dqt.optim.moments import Moments
+from dqt.optim.rule import Rule
+from dqt.optim.writeback import WriteBackStats
+
+BLOCK_ELEMENTS = 2**16
+"""Elements the reference handles at a time: its int64 temporaries of half a MB stay in a core's L2 cache."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One parameter's update.
+
+    Attributes:
+        parameter: What is updated, a `QuantizedTensor` or a float tensor.
+        grad: Its gradient as a matrix [rows, columns].
+        moments: Its moments.
+        rule: How they become a direction.
+        seed: Of the random words.
+        stream: Hash of the parameter's name.
+        rounding: Of the write-back.
+        residual_bits: 0 is strict.
+        hysteresis: h, in grid steps.
+        stats: Counts to add to, or None.
+    """
+
+    parameter: Tensor
+    grad: Tensor
+    moments: Moments
+    rule: Rule
+    seed: int
+    stream: int
+    rounding: str
+    residual_bits: int
+    hysteresis: float
+    stats: WriteBackStats | None
+
+    @property
+    def number(self) -> int:
+        """The optimizer's step, from 1."""
+        return int(self.moments.state["step"])
+
+    @property
+    def residual(self) -> Tensor | None:
+        """Packed residual of the whole weight."""
+        residual: Tensor | None = self.moments.state.get("residual")
+        return residual
+
+    def direction(self, rows: slice) -> Tensor:
+        """Update direction of some rows, `float32`; brings their moments up to date."""
+        random = self._words(philox.Purpose.MOMENT, rows) if self.moments.rounded else None
+        return self.rule.direction(self.grad[rows].float(), self.moments, rows, random)
+
+    def random(self, rows: slice) -> Tensor | None:
+        """Random words of some rows for the write-back, or None if its rounding needs none."""
+        return None if self.rounding == "nearest" else self._words(philox.Purpose.UPDATE, rows)
+
+    def _words(self, purpose: philox.Purpose, rows: slice) -> Tensor:
+        columns = self.grad.shape[1]
+        start, count = rows.start * columns, (rows.stop - rows.start) * columns
+        words = philox.random_uint32(
+            self.seed, purpose, self.stream, self.number, start, count, self.grad.device
+        )
+        return words.view(-1, columns)
+
+
+def row_blocks(rows: int, columns: int) -> Iterator[slice]:
+    """Slices of about `BLOCK_ELEMENTS` elements that cover the rows of a matrix."""
+    height = max(1, BLOCK_ELEMENTS // max(1, columns))
+    for start in range(0, rows, height):
+        yield slice(start, min(start + height, rows))
+
+
+def gradient_matrix(parameter: Tensor) -> Tensor:
+    """The gradient of a parameter as a matrix; a vector's is one row."""
+    grad = parameter.grad
+    assert grad is not None
+    return grad.reshape(-1, grad.shape[-1]) if grad.ndim > 1 else grad.reshape(1, -1)
+
+
+@torch.no_grad()
+def write_float(step: Step) -> None:
+    """Moves a float parameter by its direction, as every optimizer does.
+
+    Products and difference are rounded one by one, so that the kernel gives the same bits.
+    """
+    parameter, rule = step.parameter, step.rule
+    matrix = parameter.reshape(step.grad.shape)
+    for rows in row_blocks(*step.grad.shape):
+        kept = matrix[rows].float() * (1 - rule.decay)
+        matrix[rows] = (kept - step.direction(rows) * rule.lr).to(matrix.dtype)
+    if not parameter.is_contiguous():
+        parameter.copy_(matrix.view(parameter.shape))
