@@ -211,9 +211,6 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool = False) -> Ten
     if transposed:
         return torch.cat((a * c + b * t, b * d - a * s), dim=-1)
     return torch.cat((a * c - b * s, b * d + a * t), dim=-1)
-=======
-    return total[:, 0] / columns
->>>>>>> 6faf844 (Optimizers: a rule as numbers, so that AdamW, Adafactor and SGD share one reference and one kernel; int8 and bf16 moments)
 
 
 def _quantize(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,6 @@ rounded. Vectors keep float32, which costs nothing.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -174,6 +173,28 @@ def _round(value: Tensor, random16: Tensor) -> Tensor:
     whole = value.floor()
     threshold = ((value - whole) * 65536.0).to(torch.int32)
     return whole.to(torch.int32) + (random16 < threshold)
+
+
+def update_clip(state: dict[str, Any], mean_square: float, beta2: float, limit: float) -> None:
+    """Sets `state["clip"]`, what the update direction is divided by: max(1, ratio / limit).
+
+    ratio is the root mean square of the gradient over its running one, both over the whole tensor. It stands
+    for the root mean square of the direction g / sqrt(v) that Adafactor (arXiv 1804.04235, section 6) and
+    StableAdamW (2304.13013) clip by: with the tensor's mean of v in place of each element's, it is known
+    before the first element is updated, without another pass of roots and divisions.
+
+    Args:
+        state: Keeps the running mean of squares, a number, beside the moments.
+        mean_square: Of the gradient.
+        beta2: Decay of the second moment.
+        limit: Adafactor's d.
+    """
+    step = state["step"]
+    before = state.get("mean_square", mean_square * (1 - beta2 ** (step - 1)))  # switched on in mid run
+    running = before * beta2 + mean_square * (1 - beta2)
+    corrected = running / (1 - beta2**step)
+    ratio = math.sqrt(mean_square / corrected) if corrected else 0.0
+    state["mean_square"], state["clip"] = running, max(1.0, ratio / limit)
 
 
 def ordered_mean(values: Tensor) -> Tensor:
