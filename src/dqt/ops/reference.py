@@ -180,11 +180,11 @@ def sigmoid(x: Tensor) -> Tensor:
 
 
 def exponential(x: Tensor) -> Tensor:
-    """e^x within 2 units in the last place, clamped to e^-87 and e^88; NaN stays NaN.
+    """e^x within 2 units in the last place, clamped to e^-64 and e^64; NaN stays NaN.
 
     x = n ln 2 + r, Taylor's polynomial to r^7, times 2^n.
     """
-    x = x.clamp(-87.0, 88.0)
+    x = x.clamp(-64.0, 64.0)
     n = (x * 1.44269504).round_()
     r = (x - n * 0.693359375) - n * -2.12194440e-4
     p = torch.full_like(r, 1 / 5040)
