@@ -24,6 +24,7 @@ rounded. Vectors keep float32, which costs nothing.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
