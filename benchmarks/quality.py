@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py formats     every method and bit width once: does each one learn?
     python benchmarks/quality.py tuned       the main methods, three learning rates each: which is best?
+    python benchmarks/quality.py exact       do the savings in time and memory cost loss? five paired seeds
 
 Runs are `dqt train` processes of one thread each, as many at a time as there are cores; a finished one is not
 run again, so an interrupted table goes on where it was. Nothing is fetched: the text is the standard
@@ -12,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -23,6 +26,7 @@ from typing import Any
 
 import tomli_w
 
+T_QUANTILE = 2.776  # of Student's t with four degrees of freedom, for 95 % from five seeds
 BITS = ("1", "ternary", "2", "3", "4", "5", "6", "7", "8")
 
 
@@ -35,29 +39,31 @@ class Run:
     lr: float | None = None
     model: tuple[tuple[str, Any], ...] = ()
     optim: tuple[tuple[str, Any], ...] = ()
+    quant: tuple[tuple[str, Any], ...] = ()
+    label: str | None = None
+    seed: int | None = None
 
     @property
     def arm(self) -> str:
         """Name of the row it belongs to."""
-        return " ".join(part for part in (self.method, self.bits) if part)
+        return " ".join(part for part in (self.method, self.bits, self.label) if part)
 
     @property
     def name(self) -> str:
         """Name of its directory."""
-        return "-".join(
-            part for part in (self.method, self.bits, f"{self.lr:g}" if self.lr else None) if part
-        )
+        lr, seed = f"{self.lr:g}" if self.lr else None, None if self.seed is None else f"seed{self.seed}"
+        return "-".join(part.replace(" ", "-") for part in (*self.arm.split(), lr, seed) if part)
 
     def config(self, model: dict[str, Any], train: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
         """The config of the run, without what is not set."""
-        quant = {"method": self.method} | ({"bits": self.bits} if self.bits else {})
+        quant = {"method": self.method} | ({"bits": self.bits} if self.bits else {}) | dict(self.quant)
         optim = dict(self.optim) | ({"lr": self.lr} if self.lr else {})
         return {
             "model": model | dict(self.model),
             "quant": quant,
             "data": data,
             "optim": optim,
-            "train": train,
+            "train": train | ({} if self.seed is None else {"seed": self.seed}),
         }
 
 
@@ -99,6 +105,54 @@ def tuned_suite() -> tuple[list[Run], dict[str, Any], dict[str, Any], dict[str, 
     model = {"preset": "micro"}
     train = {"steps": 1500, "batch_size": 8, "eval_every": 1500, "eval_windows": 400}
     return runs, model, train, {"vocab_size": 512}
+
+
+COUNTERPARTS = {
+    # what is tested: quant and optim settings without it, and the arm that has it ("" is the recipe itself)
+    "float gradients": ({"grad_input": "float", "grad_weight": "float"}, {}, ""),
+    "float activations": (
+        {"forward": "float", "grad_input": "float", "grad_weight": "float"},
+        {},
+        "float gradients",
+    ),
+    "full second moment": ({}, {"second_moment": "full"}, ""),
+}
+SEEDS = range(5)
+
+
+def exact_suite() -> tuple[list[Run], dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """`tiny`, ternary, and each of its savings taken back, on five seeds of weights, data and rounding."""
+    arms = {"": ({}, {})} | {label: (quant, optim) for label, (quant, optim, _) in COUNTERPARTS.items()}
+    runs = [
+        Run("residual", "ternary", None, (), tuple(optim.items()), tuple(quant.items()), label or None, seed)
+        for seed in SEEDS
+        for label, (quant, optim) in arms.items()
+    ]
+    train = {"steps": 800, "eval_every": 800, "eval_windows": 400}
+    return runs, {"preset": "tiny"}, train, {}
+
+
+def paired_table(runs: list[Run], summaries: list[dict[str, Any]]) -> str:
+    """A Markdown table of what each saving costs: mean over the seeds, and its 95 % interval."""
+    loss = {
+        (run.label or "", run.seed): summary["val_loss"]
+        for run, summary in zip(runs, summaries, strict=True)
+        if "val_loss" in summary
+    }
+    lines = ["| the recipe against | nats more than without the saving | each seed |", "|---|---|---|"]
+    for label, (_, _, arm) in COUNTERPARTS.items():
+        costs = [
+            loss[arm, seed] - loss[label, seed]
+            for seed in SEEDS
+            if (arm, seed) in loss and (label, seed) in loss
+        ]
+        mean = statistics.fmean(costs) if costs else math.nan
+        half = T_QUANTILE * statistics.stdev(costs) / math.sqrt(len(costs)) if len(costs) > 1 else math.nan
+        title = f"{label}{', with float gradients on both sides' if arm else ''}"
+        lines.append(
+            f"| {title} | {mean:+.4f} ± {half:.4f} | {', '.join(f'{cost:+.4f}' for cost in costs)} |"
+        )
+    return "\n".join(lines)
 
 
 def execute(run: Run, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -154,18 +208,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("suite", choices=("formats", "tuned"))
+    parser.add_argument("suite", choices=("formats", "tuned", "exact"))
     parser.add_argument("--out", type=Path, default=Path("runs/quality"))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--steps", type=int, help="shorter runs, to see that a suite works")
     arguments = parser.parse_args()
-    runs, model, train, data = {"formats": formats_suite, "tuned": tuned_suite}[arguments.suite]()
+    suites = {"formats": formats_suite, "tuned": tuned_suite, "exact": exact_suite}
+    runs, model, train, data = suites[arguments.suite]()
+    if arguments.steps:
+        train |= {"steps": arguments.steps, "eval_every": arguments.steps}
     folder = arguments.out / arguments.suite
     train = {"threads": 1, "sample_tokens": 0, **train}
     started = time.perf_counter()
     with ThreadPoolExecutor(arguments.jobs) as pool:
         summaries = list(pool.map(lambda run: execute(run, folder, run.config(model, train, data)), runs))
     print(f"\n{len(runs)} runs, {time.perf_counter() - started:.0f} s\n")
-    print(table(runs, summaries, folder))
+    exact = arguments.suite == "exact"
+    print(paired_table(runs, summaries) if exact else table(runs, summaries, folder))
 
 
 if __name__ == "__main__":
