@@ -30,7 +30,7 @@ BITS: dict[str, str | None] = {
     "4 bits": "4",
     "8 bits": "8",
 }
-TURN_SECONDS = 0.05
+TURN_WIDTHS = 4096  # a turn is 8 layers of width 512, or 2 of 2048
 
 
 def setup(name: str, width: int) -> tuple[Callable[[], float], dict[str, Any]]:
@@ -52,12 +52,11 @@ def setup(name: str, width: int) -> tuple[Callable[[], float], dict[str, Any]]:
             once()
         return (time.perf_counter() - started) / repeat
 
-    seconds(5)
-    repeat = max(1, round(TURN_SECONDS / seconds(5)))
-
     def turn() -> float:
         once()  # the arms share the caches
-        return seconds(repeat)
+        return seconds(max(1, TURN_WIDTHS // width))
+
+    turn()
 
     return turn, {"breakdown": breakdown(seconds) if bits else {}}
 
