@@ -21,7 +21,7 @@ FLAGS = [
     *("-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"),
 ]
 # Instruction set flags as in CMakeLists.txt.
-UNITS = {SOURCES / "interface.cpp": [], SOURCES / "isa_portable.cpp": [], DRIVER: []}
+UNITS = {DRIVER: [], **{SOURCES / f"{name}.cpp": [] for name in ("interface", "isa_portable", "gemm")}}
 if platform.machine().lower() in ("x86_64", "amd64"):
     FLAGS.append("-DDQT_X86")
     UNITS[SOURCES / "isa_avx2.cpp"] = ["-mavx2"]

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from dqt.errors import ConfigError
-from dqt.ops import cpu
+from dqt.ops import cpu, gpu
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -58,14 +58,14 @@ def operation(
         def run(*given: Any) -> Any:
             arguments: Any = given + defaults[len(given) :]  # the dispatcher drops arguments at their default
             results = allocate(*arguments)
-            library = cpu.usable(arguments[0]) if kernel else None
-            if library is None:
-                return specify(*arguments)
             device = arguments[0].device
+            backend = kernel_for(name, device) if kernel else None
+            if backend is None:
+                return specify(*arguments)
             readable = [_readable(name, a, device) if isinstance(a, Tensor) else a for a in arguments]
             *leading, columns = arguments[0].shape
             outputs = results if isinstance(results, tuple) else (results,)
-            cpu.call(library, name, math.prod(leading), columns, *readable, *outputs)
+            backend(math.prod(leading), columns, *readable, *outputs)
             return results
 
         LIBRARY.define(name + schema)
@@ -80,6 +80,14 @@ def operation(
         return call
 
     return register
+
+
+def kernel_for(name: str, device: torch.device) -> Callable[..., None] | None:
+    """The fastest kernel of an operation for tensors on a device; None where there is only the reference."""
+    if device.type == "cuda":
+        return gpu.kernel(name, device)
+    library = cpu.usable() if device.type == "cpu" else None
+    return None if library is None else functools.partial(cpu.call, library, name)
 
 
 def fits(operation: str, name: str, tensor: Tensor, dtype: torch.dtype | None, *shape: int | None) -> None:
