@@ -28,7 +28,7 @@ METHODS: list[dict[str, Any]] = [
         "optim__betas": [0.9, 0.95],
         "optim__second_moment": "full",
     },
-    {"quant__bits": "ternary", "quant__rules": {"*.mlp.*": "3", "lm_head": 8, "*embed_tokens": 8}},
+    {"quant__bits": "ternary", "quant__rules": {"*.mlp.*": "3"}, "quant__embeddings": 8},
     {"quant__bits": "3", "quant__per_row": True, "model__arch": "bitnet"},
     {"quant__bits": "4", "quant__method": "paper", "optim__warmup_steps": 2},
     {"quant__method": "fp32", "train__activation_checkpointing": True},

@@ -39,6 +39,7 @@ REFUSED = [  # TOML, parts of the message
     ("[model]\narch = 'gpt'", ["unknown model.arch 'gpt'"]),
     ("[quant]\nbits = 9", ["unknown bits '9'"]),
     ("[quant.rules]\n'*.mlp.*' = 'ternery'", ["quant.rules '*.mlp.*'", "did you mean 'ternary'"]),
+    ("[quant]\nembeddings = 'flot'", ["quant.embeddings", "unknown bits 'flot'", "float"]),
     ("[data]\nvocab_size = 5", ["vocab_size 5"]),
     ("[data]\ntext = 'a.txt'", ["data.text must be a list"]),
     ("[data\n", ["no valid TOML", "line 1"]),
@@ -121,6 +122,12 @@ def test_toml_file_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text(config.to_toml())
     assert Config.from_toml(path) == config
+
+
+def test_embeddings_are_rules_that_rules_override() -> None:
+    given = Config().override({"quant.embeddings": 8, "quant.rules": {"lm_head": "float"}})
+    assert given.quant.rules_to_bits == {"*embed_tokens": "8", "lm_head": None}
+    assert Config().quant.rules_to_bits == {}
 
 
 def test_override_wins_and_none_leaves_alone() -> None:

@@ -115,6 +115,27 @@ def test_a_large_token_costs_its_neighbours_nothing() -> None:
     assert torch.equal(layer(x)[:4], alone)
 
 
+@pytest.mark.parametrize("bits", ["1", "8"])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_float_products_in_blocks_are_the_same(
+    bits: str, per_row: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head of a large vocabulary is never copied as a whole."""
+    results = []
+    for block in (2**22, 3 * 20):
+        monkeypatch.setattr("dqt.tensor.FLOAT_BLOCK", block)
+        torch.manual_seed(0)
+        layer = nn.Linear(20, 31)
+        dqt.quantize_(nn.Sequential(layer), bits, per_row=per_row, products=FLOAT_PRODUCTS)
+        assert len(list(layer.weight.float_blocks())) == (1 if block > 1000 else 11)
+        x = torch.randn(5, 20, requires_grad=True)
+        y = layer(x)
+        y.square().sum().backward()
+        results.append((y, x.grad, layer.weight.grad, layer.bias.grad))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_gradcheck_of_float_products() -> None:
     layer, _ = make_layer("3", True, FLOAT_PRODUCTS)
     x = torch.randn(3, IN, dtype=torch.float64, requires_grad=True)

@@ -49,7 +49,12 @@ class _QuantizedLinear(torch.autograd.Function):
         ctx.weight, ctx.x_dtype = weight, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         if weight.products.forward == "float":
-            return F.linear(x, weight.dequantize().to(x.dtype), None if bias is None else bias.to(x.dtype))
+            b = None if bias is None else bias.to(x.dtype)
+            parts = [
+                F.linear(x, block.to(x.dtype), None if b is None else b[rows])
+                for rows, block in weight.float_blocks()
+            ]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         assert x_q is not None
         assert x_scale is not None
         return _integer_product(x_q, x_scale, weight, bias).to(x.dtype)
@@ -116,7 +121,8 @@ def _int8_form(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _grad_input(dy: Tensor, weight: QuantizedTensor) -> Tensor:
     if weight.products.grad_input == "float":
-        return dy @ weight.dequantize().to(dy.dtype)
+        parts = [dy[:, rows] @ block.to(dy.dtype) for rows, block in weight.float_blocks()]
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
     codes, scale = weight.product_codes()
     per_row = scale.ndim > 0
     g_q, g_scale = ops.quantize_rows(dy.float() * scale.T if per_row else dy)

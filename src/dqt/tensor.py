@@ -30,6 +30,7 @@ from dqt.numerics.formats import Format
 from dqt.numerics.packing import packed_size
 
 aten = torch.ops.aten
+FLOAT_BLOCK = 2**22
 PRODUCT_KINDS = ("int8", "float")
 
 
@@ -146,13 +147,25 @@ class QuantizedTensor(torch.Tensor):
             codes = codes * 2 - 1  # binary: {0, 1} -> {-1, 1}, half a scale apart from zero
         return codes, self.scale / self.format.product_factor
 
-    def dequantize(self) -> Tensor:
-        """A float copy of the weight, in its dtype and logical shape; not differentiable."""
+    def dequantize(self, rows: slice | None = None) -> Tensor:
+        """A float copy of the weight in its dtype and logical shape, or of some rows; not differentiable."""
         with torch.no_grad():
-            values = self.unpack_rows().float()
+            scale = self.scale[rows] if rows is not None and self.scale.ndim else self.scale
+            values = self.unpack_rows(slice(None) if rows is None else rows).float()
             if self.format.offset:
                 values -= self.format.offset
-            return (values * self.scale).to(self.dtype).view(self.shape)
+            copy = (values * scale).to(self.dtype)
+            return copy.view(self.shape) if rows is None else copy
+
+    def float_blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """A float copy, a few rows at a time, for products that should not copy a whole vocabulary.
+
+        A weight of up to 2**22 elements is one block; the head of the 130M preset has six of 17 MB.
+        """
+        height = max(1, FLOAT_BLOCK // max(1, self.shape[-1]))
+        for start in range(0, max(1, self.rows), height):
+            rows = slice(start, min(start + height, self.rows))
+            yield rows, self.dequantize(rows)
 
     def nbytes_stored(self) -> int:
         """Bytes that codes and scale really take."""

@@ -33,6 +33,9 @@ from dqt.train.section import Section
 LEAVE_FLOAT = "float"
 """What a rule says to leave a weight in float."""
 
+EMBEDDINGS = ("*embed_tokens", "lm_head")
+"""Embedding and output head, as the models of `dqt.models` name them."""
+
 
 RELEASED_CLIP_UPDATE = 1.0
 """`optim.clip_update` with gradient release, where the global norm can't be clipped; Adafactor's d."""
@@ -97,7 +100,9 @@ class QuantConfig(Section):
     Attributes:
         method: One of `dqt.recipes.METHODS`.
         bits: "ternary", or "1" to "8".
-        rules: Glob pattern on module names to bits, or to "float"; the last one that matches wins.
+        embeddings: Bits of the embedding and the output head, or "float".
+        rules: Glob pattern on module names to bits, or to "float"; the last one that matches wins, over
+            `embeddings` too.
         init_gain: Standard deviation of new linear weights times the root of their inputs.
         scale_rule: How the grid step is set.
         headroom: Factor on the rule's grid step.
@@ -112,6 +117,7 @@ class QuantConfig(Section):
 
     method: str | None = None
     bits: str | None = None
+    embeddings: str = LEAVE_FLOAT
     rules: dict[str, str] = field(default_factory=dict)
     init_gain: float | None = None
     scale_rule: str | None = None
@@ -127,6 +133,11 @@ class QuantConfig(Section):
     def _validate(self) -> None:
         if self.bits is not None:
             object.__setattr__(self, "bits", parse_bits(self.bits).name)
+        if self.embeddings != LEAVE_FLOAT:
+            try:
+                object.__setattr__(self, "embeddings", parse_bits(self.embeddings).name)
+            except ConfigError as error:
+                raise ConfigError(f"quant.embeddings: {error}, {LEAVE_FLOAT}") from error
         for pattern, bits in self.rules.items():
             if bits != LEAVE_FLOAT:
                 try:
@@ -136,8 +147,9 @@ class QuantConfig(Section):
 
     @property
     def rules_to_bits(self) -> dict[str, str | int | None]:
-        """The rules as `dqt.quantize_` takes them."""
-        return {pattern: None if bits == LEAVE_FLOAT else bits for pattern, bits in self.rules.items()}
+        """The rules as `dqt.quantize_` takes them, those of `embeddings` first."""
+        rules = {} if self.embeddings == LEAVE_FLOAT else dict.fromkeys(EMBEDDINGS, self.embeddings)
+        return {p: None if bits == LEAVE_FLOAT else bits for p, bits in (rules | self.rules).items()}
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,11 @@ def _checked(where: str, value: Any, hint: Any) -> Any:
         return {str(key): _checked(f"{where} {key!r}", item, str) for key, item in value.items()}
     if hint is float and type(value) is int:
         return float(value)
-    if hint is str and type(value) is int and where.startswith(("quant.bits", "quant.rules")):
+    if (
+        hint is str
+        and type(value) is int
+        and where.startswith(("quant.bits", "quant.embeddings", "quant.rules"))
+    ):
         return str(value)  # bits = 4 means bits = "4"
     if type(value) is not hint:
         raise ConfigError(f"{where} must be {_NAMES[hint]}, not {value!r}")
