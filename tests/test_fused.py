@@ -177,6 +177,15 @@ def test_a_changed_input_is_quantized_again() -> None:
     torch.testing.assert_close(linear(x), before * 2)
 
 
+def test_inference_mode_runs() -> None:
+    model = small_model("llama").eval()
+    fuse_(model)
+    with torch.no_grad():
+        expected = model(tokens()).logits
+    with torch.inference_mode():
+        assert torch.equal(model(tokens()).logits, expected)
+
+
 def test_a_nan_reaches_the_result() -> None:
     bad = torch.ones(3, 8)
     bad[1, 2] = torch.nan

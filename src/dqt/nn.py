@@ -109,13 +109,15 @@ def _int8_form(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Query, key and value projections read one tensor, and so do gate and up: the first quantizes it for all.
     """
-    remembered = getattr(x, "_dqt_int8_form", None)
-    if remembered is not None and remembered[0] == x._version:
-        return remembered[1], remembered[2]
+    # A compiler finds the common expression itself; an inference tensor does not say when it changes.
+    remembers = not torch.compiler.is_compiling() and not x.is_inference()
+    if remembers:
+        remembered = getattr(x, "_dqt_int8_form", None)
+        if remembered is not None and remembered[0] == x._version:
+            return remembered[1], remembered[2]
     x_q, x_scale = ops.quantize_rows(x.detach().reshape(x.shape[:-1].numel(), x.shape[-1]))
-    if torch.compiler.is_compiling():
-        return x_q, x_scale  # the compiler finds the common expression itself
-    x._dqt_int8_form = (x._version, x_q, x_scale)  # type: ignore[attr-defined]
+    if remembers:
+        x._dqt_int8_form = (x._version, x_q, x_scale)  # type: ignore[attr-defined]
     return x_q, x_scale
 
 

