@@ -29,7 +29,7 @@ BASE, OURS = "fp32", ("ternary", "strict8")
 def measure(keys: list[str], width: int, layers: int, threads: int, rounds: int) -> dict[str, Any]:
     """Times every arm that can run."""
     arguments = {key: (key, width, layers) for key in keys}
-    facts, seconds = timing.run(setup, arguments, threads, rounds, warm_up=0)  # the setup has trained
+    facts, seconds = timing.run(setup, arguments, threads, rounds)
     return {
         "machine": timing.machine(),
         "width": width,

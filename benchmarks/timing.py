@@ -91,27 +91,26 @@ def run(
     arguments: Mapping[str, tuple[Any, ...]],
     threads: int,
     rounds: int,
-    warm_up: int = 1,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]]]:
     """Facts of every arm by name, and seconds of those that can run; `arguments` are what `setup` takes."""
     workers = {name: Worker(setup, each, threads) for name, each in arguments.items()}
     facts = {name: worker.ready() for name, worker in workers.items()}
     able = {name: worker.turn for name, worker in workers.items() if "error" not in facts[name]}
-    seconds = interleave(able, rounds, warm_up)
+    seconds = interleave(able, rounds)
     for worker in workers.values():
         worker.stop()
     return facts, seconds
 
 
-def interleave(turns: Mapping[str, Turn], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
-    """Seconds of each arm in each round; those of the warm-up rounds are not among them."""
+def interleave(turns: Mapping[str, Turn], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each arm in each round; those of the first, up to twice as slow, are dropped."""
     order, shuffle = list(turns), random.Random(0).shuffle
     seconds: dict[str, list[float]] = {name: [] for name in turns}
-    for number in range(-warm_up, rounds):
+    for number in range(rounds + 1):
         shuffle(order)
         for name in order:
             took = turns[name]()
-            if number >= 0:
+            if number:
                 seconds[name].append(took)
     return seconds
 
