@@ -18,6 +18,7 @@ SOURCE = Path(dqt.__file__).parent
 # counts with all its modules unless one of them is listed itself.
 LAYERS = (
     "errors",
+    "allocator",
     "numerics",
     "ops",
     "tensor",
@@ -32,6 +33,8 @@ LAYERS = (
     "train.losses",
     "train.config",
     "memory",
+    "footprint",
+    "plan",
     "evaluate",
     "sampling",
     "train",

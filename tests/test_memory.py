@@ -1,4 +1,4 @@
-"""Bytes as measured on live tensors, as foretold from sizes, and what running out of memory says."""
+"""Bytes as measured on live tensors and of the process, and what running out of memory says."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from dqt.errors import DqtError
-from dqt.memory import estimate, explain_out_of_memory, format_bytes, measure, peak_memory, process_memory
+from dqt.memory import explain_out_of_memory, format_bytes, measure, peak_memory, process_memory
 from dqt.models import build_config, build_model
 from dqt.optim import GradientRelease
 from dqt.optim.base import QuantizedOptimizer
 from dqt.recipes import build_optimizer, prepare_model_, recipe_for
-from dqt.tensor import QuantizedTensor
 from dqt.train.losses import language_model_loss
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -67,48 +66,6 @@ def test_with_gradient_release_the_largest_gradient_counts() -> None:
     assert [row.gradients for row in table.rows] == [4 * 64 * 128, 4 * EMBEDDING, 4 * 64]
     assert table.total.gradients == 4 * max(64 * 128, EMBEDDING)
     assert table.to_dict()[-1]["gradients"] == table.total.gradients
-
-
-@pytest.mark.parametrize(("method", "bits"), [case[:2] for case in CASES])
-def test_the_estimate_of_parameters_is_what_is_measured(method: str, bits: str | None) -> None:
-    model, optimizer = step(method, bits)
-    expected = estimate(
-        model.config, recipe_for(method, bits), 2, 8, activation_checkpointing=False
-    ).parameters
-    assert expected == pytest.approx(measure(model, optimizer).total.total, rel=0.05)
-
-
-@pytest.mark.parametrize("arch", ["llama", "bitnet"])
-@pytest.mark.parametrize("bits", [None, "ternary"])
-def test_the_estimate_of_activations_is_what_autograd_keeps(arch: str, bits: str | None) -> None:
-    model = build_model(build_config("tiny", arch, vocab_size=VOCABULARY), seed=0)
-    recipe = recipe_for(None if bits else "fp32", bits)
-    prepare_model_(model, recipe)
-    weights = {
-        p.codes.data_ptr() if isinstance(p, QuantizedTensor) else p.data_ptr() for p in model.parameters()
-    }
-    kept: dict[int, torch.Tensor] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, QuantizedTensor) and tensor.untyped_storage().data_ptr() not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.model(input_ids=torch.zeros(1, 64, dtype=torch.int64), use_cache=False)
-    total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    expected = estimate(model.config, recipe, 1, 64, activation_checkpointing=False).activations
-    assert 0.95 * total < expected < 1.25 * total
-
-
-def test_activations_grow_with_the_batch_and_shrink_by_checkpointing() -> None:
-    config = build_config("tiny")
-    plain, double, checkpointed = (
-        estimate(config, recipe_for(), batch, 256, checkpointing).activations
-        for batch, checkpointing in ((8, False), (16, False), (8, True))
-    )
-    assert double == 2 * plain
-    assert checkpointed < plain / 4
 
 
 @pytest.mark.parametrize(

@@ -210,7 +210,7 @@ def test_out_of_memory_says_what_the_run_needs(tmp_path: Path, monkeypatch: pyte
         return {}
 
     monkeypatch.setattr(Trainer, "train_step", fail)
-    with pytest.raises(DqtError, match=r"out of memory: .* kB for weights.*train.batch_size \(now 2\)"):
+    with pytest.raises(DqtError, match=r"out of memory: this run needs about \d+ MB; .* train.seq_len"):
         run_micro(tmp_path)
 
 

@@ -39,7 +39,13 @@ TRAIN_FLAGS: tuple[tuple[str, str, type, str, str], ...] = (
         "NAME",
         "strict, residual, paper; baselines fp32, bf16, bitnet (default: strict from 5 bits on)",
     ),
-    ("--preset", "model.preset", str, "NAME", "size: micro, tiny, small, 130m, 320m, 1b, 7b (default: tiny)"),
+    (
+        "--preset",
+        "model.preset",
+        str,
+        "NAME",
+        "size: micro, tiny, small, 130m, 320m, 1b, 7b, 13b (default: tiny)",
+    ),
     (
         "--arch",
         "model.arch",
@@ -133,25 +139,24 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
 
     train = _add(commands, "train", _train, "train a model, on the built-in text unless told otherwise")
-    train.add_argument("config", nargs="?", type=Path, help="a TOML config; flags override it")
-    for flag, _, kind, metavar, text in TRAIN_FLAGS:
-        train.add_argument(flag, type=kind, metavar=metavar, help=text)
-    train.add_argument(
-        "--text", nargs="+", metavar="PATH", help="text files and folders to train on, instead of --data"
-    )
-    train.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="any key of the config, as in optim.eps=1e-6",
-    )
+    _add_settings(train)
     train.add_argument(
         "--resume",
         metavar="auto|PATH",
         help="go on from the newest checkpoint of --out, or from a run or checkpoint",
     )
     train.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
+
+    plan = _add(commands, "plan", _plan, "the memory that a run needs, and what makes it fit")
+    _add_settings(plan)
+    plan.add_argument(
+        "--device",
+        default="cpu",
+        metavar="NAME",
+        help="cpu, a GPU as in rtx4090, or a size as in 24GB (default: cpu, what is free now)",
+    )
+    plan.add_argument("--budget", metavar="SIZE", help="what it must fit into, instead of all of the device")
+    _add_json(plan)
 
     evaluate = _add(commands, "eval", _eval, "loss, perplexity and bits a byte on held-out or any text")
     _add_run(evaluate)
@@ -193,6 +198,22 @@ def _add(commands: Any, name: str, run: Any, text: str) -> _Parser:
     return parser
 
 
+def _add_settings(parser: _Parser) -> None:
+    parser.add_argument("config", nargs="?", type=Path, help="a TOML config; flags override it")
+    for flag, _, kind, metavar, text in TRAIN_FLAGS:
+        parser.add_argument(flag, type=kind, metavar=metavar, help=text)
+    parser.add_argument(
+        "--text", nargs="+", metavar="PATH", help="text files and folders to train on, instead of --data"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any key of the config, as in optim.eps=1e-6",
+    )
+
+
 def _add_run(parser: _Parser, text: str = "a run, or its model/") -> None:
     parser.add_argument("directory", type=Path, metavar="RUN", help=text)
 
@@ -226,6 +247,22 @@ def _train(arguments: argparse.Namespace) -> int:
     print(_result_text(result))
     print(f"\nreport: {report}")
     return 0 if result.state == FINISHED else INTERRUPTED
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    values = _overrides(arguments)
+    _check_early(arguments.config, values)
+
+    from dqt.plan import plan
+    from dqt.train.config import Config
+
+    config = Config.from_toml(arguments.config) if arguments.config else Config()
+    found = plan(config.override(values), arguments.device, arguments.budget)
+    if arguments.json:
+        _print_json(found.to_dict())
+    else:
+        print(found)
+    return 0
 
 
 def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -1,10 +1,9 @@
-"""Bytes that training takes: measured on the live tensors, and foretold before they exist.
+"""Bytes that training takes, measured on the live tensors and of the process.
 
 `measure` adds up what the parameters, their gradients and the optimizer's state really hold, beside the 16
 bytes a parameter of full-precision AdamW (weights 4, gradients 4, two moments 8). Activations are not in it:
-they belong to the batch, not to the model, and show in the process's peak. `estimate` gives both from sizes
-alone; its activations are a count of what the layers save for the backward pass, right to an eighth, and
-serve to explain why memory ran out.
+they belong to the batch, not to the model, and show in the process's peak. What a run will take is foretold
+by `dqt.footprint`.
 """
 
 from __future__ import annotations
@@ -15,20 +14,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dqt.errors import DqtError
-from dqt.models import count_parameters
-from dqt.numerics.formats import parse_bits
 from dqt.quantize import linear_modules
-from dqt.recipes import Recipe
 from dqt.tensor import QuantizedTensor
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 FP32_ADAMW_BYTES = 16
 CATEGORIES = ("linear weights", "embeddings and head", "norms and biases")
@@ -172,38 +165,6 @@ def format_bytes(size: float) -> str:
 
 
 # -- out of memory -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Bytes that a training step needs: for parameters (weights, gradients, state) and for activations."""
-
-    parameters: int
-    activations: int
-
-
-def estimate(
-    config: PreTrainedConfig, recipe: Recipe, batch_size: int, seq_len: int, activation_checkpointing: bool
-) -> Estimate:
-    """What a step needs, from sizes alone; nothing is allocated."""
-    count = count_parameters(config)
-    full = 4 + 4 + 4 * (recipe.float_betas[0] > 0) + 4
-    low_bit: float = full
-    if recipe.quantized:
-        bits = parse_bits(recipe.bits or "ternary").bits + recipe.residual_bits
-        low_bit = bits / 8 + 4 + 4 * (recipe.betas[0] > 0) + 4 * (recipe.second_moment == "full")
-    parameters = low_bit * count.linear + full * (count.total - count.linear)
-
-    # Floats that a layer keeps for the backward pass, counted on the tensors that autograd saved: 22.3 widths
-    # where the feed-forward layer is 3 wide, 30.3 with the norms of `bitnet`; low-bit layers keep 12 % less.
-    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    extra_norms = config.model_type == "bitnet"
-    layer = 4 * ((12.5 if extra_norms else 10.5) * hidden + (6 if extra_norms else 4) * inner)
-    kept = 4 * hidden * layers + layer if activation_checkpointing else layer * layers
-    activations = batch_size * seq_len * kept
-    if recipe.method == "bitnet":
-        activations += 4 * count.linear  # the ternary weights of a forward pass, as floats
-    return Estimate(int(parameters), int(activations))
 
 
 OUT_OF_MEMORY_SIGNS = (

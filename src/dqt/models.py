@@ -10,20 +10,19 @@ rope theta 500,000, and begin and end tokens beyond any small vocabulary, which 
 every such field is set here, to the same value for both architectures.
 
 The paper gives the widths of its 130M model only. `320m` and `1b` were chosen here to meet their parameter
-counts with LLaMA-like proportions; `7b` is LLaMA-7B. Those of the paper are untied; the small ones, for a
-CPU, tie the head to the embedding (of `tiny`, 24 % would be head and embedding otherwise) and use widths in
-multiples of 256 (`micro`: 128), which suit packed rows and vector units.
+counts with LLaMA-like proportions; `7b` and `13b` are LLaMA's. Those of the paper are untied; the small ones,
+for a CPU, tie the head to the embedding (of `tiny`, 24 % would be head and embedding otherwise) and use
+widths in multiples of 256 (`micro`: 128), which suit packed rows and vector units.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from dqt.allocator import give_back
 from dqt.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -64,6 +63,7 @@ PRESETS: dict[str, Preset] = {
     "320m": Preset(1024, 2816, 20, 16),
     "1b": Preset(2048, 5120, 18, 16),
     "7b": Preset(4096, 11008, 32, 32, vocab_size=32_000, seq_len=2048),
+    "13b": Preset(5120, 13824, 40, 40, vocab_size=32_000, seq_len=2048),
 }
 
 ARCHITECTURES = ("llama", "bitnet")
@@ -221,7 +221,9 @@ class Initializer:
         import torch
         from torch import nn
 
-        _return_freed_memory()
+        # Packed weights settle in the holes that float ones leave, so that the next float one does not fit:
+        # without this a model of 1B parameters ended up at 3.6 GB instead of 1.0.
+        give_back()
         module = self.model.get_submodule(name)
         for parameter in module.parameters(recurse=False):
             torch.utils.swap_tensors(parameter, nn.Parameter(torch.empty_like(parameter, device="cpu")))
@@ -241,17 +243,7 @@ class Initializer:
         for name, module in self.model.named_modules():
             if any(t.is_meta for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
                 self(name)
-        _return_freed_memory()
-
-
-def _return_freed_memory() -> None:
-    """Hands freed memory back to the system, where the C library can be asked to.
-
-    Packed weights settle in the holes that float ones leave behind, so that the next float one does not fit:
-    without this a model of 1B parameters ended up at 3.6 GB instead of 1.0.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
+        give_back()
 
 
 def _seed_of(seed: int, name: str) -> int:

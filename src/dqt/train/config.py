@@ -61,6 +61,7 @@ TRAINING_DEFAULTS = {
     "320m": TrainingDefaults(steps=20_000, batch_size=4, accumulation=16),
     "1b": TrainingDefaults(steps=20_000, batch_size=1, accumulation=64, activation_checkpointing=True),
     "7b": TrainingDefaults(steps=20_000, batch_size=1, accumulation=64, activation_checkpointing=True),
+    "13b": TrainingDefaults(steps=20_000, batch_size=1, accumulation=64, activation_checkpointing=True),
 }
 
 
@@ -244,6 +245,8 @@ class TrainConfig(Section):
         gradient_release: Update each weight inside the backward pass, so that one gradient lives at a time.
         compile: Run the decoder layers through `torch.compile`, see `dqt.train.compiled`.
         fused: Norms, SwiGLU and rotary embedding in one pass each; low-bit methods only, and not `paper`.
+        give_back_memory: Return freed memory to the system at once: less memory, more time; see `allocator`.
+        memory_limit: Size that the run must fit into, as in "16GB"; None is what the system has available.
         seed: Of weights, order of data, and rounding.
         threads: CPU threads; results may differ in the last bits between numbers of threads.
         out: The run's directory; None makes one under `runs/`.
@@ -266,6 +269,8 @@ class TrainConfig(Section):
     gradient_release: bool = False
     compile: bool = False
     fused: bool = True
+    give_back_memory: bool = False
+    memory_limit: str | None = None
     seed: int = 0
     threads: int | None = None
     out: str | None = None
@@ -443,7 +448,7 @@ def resolve(config: Config) -> Config:
         "steps": steps,
         "seq_len": preset.seq_len,
         "batch_size": defaults.batch_size,
-        "accumulation": defaults.accumulation,
+        "accumulation": 1 if config.train.gradient_release else defaults.accumulation,
         "eval_every": max(1, steps // 10),
         "checkpoint_every": max(1, min(1000, steps // 5)),
         "log_every": max(1, steps // 500),
@@ -458,6 +463,12 @@ def resolve(config: Config) -> Config:
         optim=_fill(config.optim, optim),
         train=_fill(config.train, train),
     )
+
+
+def required(value: int | None) -> int:
+    """A value that `resolve` has filled in."""
+    assert value is not None
+    return value
 
 
 def _fill(section: _SectionT, defaults: Mapping[str, Any]) -> _SectionT:

@@ -11,17 +11,19 @@ from typing import TextIO
 
 import torch
 
+from dqt.allocator import give_back_at_once
 from dqt.data.prepare import Corpus, prepare_corpus
 from dqt.errors import ConfigError
-from dqt.memory import estimate, explain_out_of_memory, format_bytes
+from dqt.memory import explain_out_of_memory, format_bytes
 from dqt.models import build_config
 from dqt.ops.bf16_guard import ensure_bf16_products
+from dqt.plan import advice, plan, refuse_what_does_not_fit
 from dqt.train import resume as resuming
 from dqt.train.compiled import require_compiler
-from dqt.train.config import Config, resolve
+from dqt.train.config import Config, required, resolve
 from dqt.train.metrics import Console
 from dqt.train.rundir import RunDirectory, default_directory
-from dqt.train.trainer import Trainer, TrainResult, model_config, required
+from dqt.train.trainer import Trainer, TrainResult
 
 __all__ = ["TrainResult", "train"]
 
@@ -58,12 +60,15 @@ def train(
     config = config.override({"train.out": str(directory.path)})
     # Refuses sizes that make no model before any text is read.
     build_config(config.model.preset, config.model.arch, overrides=config.model.overrides)
+    refuse_what_does_not_fit(config)
     if config.quant.method == "bf16":
         ensure_bf16_products()
     if config.train.compile:
         require_compiler()
     found = resuming.find(resume, directory.checkpoints, console.say) if resume else None
 
+    if config.train.give_back_memory:
+        give_back_at_once()
     torch.set_num_threads(config.train.threads or torch.get_num_threads())
     corpus = prepare_corpus(config.data.spec(), cache_dir, console.say)
     corpus.require_length(required(config.train.seq_len))
@@ -97,15 +102,6 @@ def _goes_on_in(directory: RunDirectory, resume: str | None) -> bool:
 
 
 def _needs(config: Config, corpus: Corpus) -> str:
-    """What a run needs, and what lowers it."""
-    train = config.train
-    batch, length = required(train.batch_size), required(train.seq_len)
-    checkpointing = bool(train.activation_checkpointing)
-    needed = estimate(model_config(config, corpus), config.recipe(), batch, length, checkpointing)
-    lower = [f"train.batch_size (now {batch})"] if batch > 1 else []
-    lower += [f"train.seq_len (now {length})"]
-    lower += [] if checkpointing else ["or set train.activation_checkpointing = true"]
-    return (
-        f"this run needs about {format_bytes(needed.parameters)} for weights, gradients and optimizer state "
-        f"and {format_bytes(needed.activations)} for activations; lower {', '.join(lower)}, or the preset"
-    )
+    """What a run that has run out of memory needs, and what lowers it."""
+    needed = plan(config, vocab_size=corpus.vocab_size)
+    return f"this run needs about {format_bytes(needed.needs.peak)}; {advice(needed)}"

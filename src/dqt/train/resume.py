@@ -32,12 +32,13 @@ MAY_CHANGE = {
         "train.checkpoint_every",
     ),
     *("train.keep_checkpoints", "train.log_every", "train.activation_checkpointing", "train.threads"),
-    *("train.out", "train.prompt", "train.sample_tokens"),
+    *("train.out", "train.prompt", "train.sample_tokens", "train.memory_limit", "train.give_back_memory"),
 }
 # Of those, a change of these changes nothing that is trained.
 _HARMLESS = {
     *("train.eval_every", "train.eval_windows", "train.checkpoint_every", "train.keep_checkpoints"),
-    *("train.log_every", "train.out", "train.prompt", "train.sample_tokens"),
+    *("train.log_every", "train.out", "train.prompt", "train.sample_tokens", "train.memory_limit"),
+    "train.give_back_memory",
 }
 
 

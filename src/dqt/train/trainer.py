@@ -35,7 +35,7 @@ from dqt.recipes import autocast, build_optimizer
 from dqt.sampling import continue_text
 from dqt.train.checkpoint import prune, remove_later, restore, save_checkpoint
 from dqt.train.compiled import compile_layers, eager
-from dqt.train.config import Config
+from dqt.train.config import Config, required
 from dqt.train.losses import language_model_loss
 from dqt.train.metrics import Console, MetricsLog, code_histograms, finite, progress_text
 from dqt.train.resume import Found
@@ -394,9 +394,3 @@ def model_config(config: Config, corpus: Corpus) -> Any:
         config.train.seq_len,
         {**config.model.overrides, **tokens},
     )
-
-
-def required(value: int | None) -> int:
-    """A value that `resolve` has filled in."""
-    assert value is not None
-    return value
