@@ -153,7 +153,7 @@ int dqt_scale_product(std::int64_t rows, std::int64_t columns, const std::int32_
 }
 
 int dqt_mean_squares(std::int64_t rows, std::int64_t columns, const float* x, float* row_mean, float* column_mean) {
-  if (!fits(rows, columns)) return kBadSize;
+  if (!fits(rows, columns) || rows == 0 || columns == 0) return kBadSize;  // no elements have no mean
   if (!kernels) return kNotSelected;
   const std::int64_t blocks = (rows + DQT_BLOCK_ROWS - 1) / DQT_BLOCK_ROWS;
   const std::unique_ptr<float[]> partial(new (std::nothrow) float[blocks * columns]);
