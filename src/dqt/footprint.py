@@ -25,6 +25,7 @@ from functools import cached_property
 from dqt.numerics.formats import Format, parse_bits
 from dqt.numerics.packing import packed_size
 from dqt.recipes import Recipe
+from dqt.tensor import FLOAT_BLOCK
 from dqt.train.config import Config, required
 from dqt.train.losses import CHUNK_LOGITS
 
@@ -245,7 +246,8 @@ class Needs:
         chunks = -(-self.tokens // rows)
         head = 4 * self.head.count if chunks > 1 else 0  # one chunk's gradient, beside the sum
         if self.head.format is not None:
-            head += 9 * self.head.count  # the head as floats, twice while it is being made, and its codes
+            # A block of the head as floats, twice while it is being made, and its codes.
+            head += 9 * min(self.head.count, FLOAT_BLOCK)
         return 3 * 4 * rows * self.words + head + 8 * self.tokens * self.hidden
 
     @cached_property

@@ -17,7 +17,7 @@ from typing import Any
 from dqt.errors import ConfigError, DqtError, did_you_mean
 from dqt.footprint import Footprint, Needs
 from dqt.memory import format_bytes
-from dqt.train.config import Config, QuantConfig, required, resolve
+from dqt.train.config import LEAVE_FLOAT, Config, QuantConfig, required, resolve
 
 GIB = 2**30
 CPU = "cpu"
@@ -209,9 +209,8 @@ def _candidates(config: Config) -> Iterator[tuple[dict[str, Any], str]]:
             "slower: 2.3 times the time of a step of tiny, less on large ones",
         )
     if recipe.quantized and recipe.method != "paper":
-        if not {"model.embed_tokens", "lm_head"} & set(config.quant.rules):
-            rules = {**config.quant.rules, "model.embed_tokens": "8", "lm_head": "8"}
-            yield {"quant.rules": rules}, "embedding and head in 8 bits: loss not measured"
+        if config.quant.embeddings == LEAVE_FLOAT:
+            yield {"quant.embeddings": "8"}, "embedding and head in 8 bits: loss not measured"
         if recipe.residual_bits > 6:
             yield {"quant.residual_bits": 6}, "ternary: 0.05 nats in a short run"
 
