@@ -4,6 +4,7 @@ do not matter, refusals, and telemetry."""
 from __future__ import annotations
 
 import copy
+import functools
 import io
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.optimization import Adafactor as HuggingFaceAdafactor
 
 import dqt
 from dqt.errors import ConfigError, NonFiniteError
-from dqt.optim import AdamW, PaperAdamW
+from dqt.optim import SGD, Adafactor, AdamW, PaperAdamW
 from dqt.optim.base import QuantizedOptimizer
 from dqt.optim.writeback import read_residual
 from dqt.tensor import QuantizedTensor
@@ -73,6 +75,57 @@ def test_float_parameters_follow_torch(beta1: float, weight_decay: float) -> Non
             torch.testing.assert_close(ours[name], theirs[name], rtol=2e-6, atol=2e-7)
 
 
+# Ours, the published implementation, and how far float parameters may be apart after ten steps.
+PUBLISHED: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], float]] = {
+    "Adafactor, relative step": (Adafactor, HuggingFaceAdafactor, 1e-6),
+    "Adafactor, momentum": (
+        functools.partial(Adafactor, lr=0.05, beta1=0.9, weight_decay=0.1, scale_parameter=False),
+        functools.partial(
+            HuggingFaceAdafactor,
+            lr=0.05,
+            beta1=0.9,
+            weight_decay=0.1,
+            scale_parameter=False,
+            relative_step=False,
+        ),
+        1e-6,
+    ),
+    "SGD, momentum": (
+        functools.partial(SGD, lr=0.05, momentum=0.9),
+        functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9),
+        1e-6,
+    ),
+    "SGD, decay": (
+        functools.partial(SGD, lr=0.05, weight_decay=0.1),
+        functools.partial(torch.optim.SGD, lr=0.05, weight_decay=0.1),
+        1e-6,
+    ),
+    "AdamW, bf16 and int8": (
+        functools.partial(AdamW, lr=0.05, first_moment="bf16", second_moment="int8"),
+        functools.partial(torch.optim.AdamW, lr=0.05, betas=(0.9, 0.95), weight_decay=0.0),
+        5e-3,
+    ),
+    "AdamW, int8 and int8": (
+        functools.partial(AdamW, lr=0.05, first_moment="int8", second_moment="int8"),
+        functools.partial(torch.optim.AdamW, lr=0.05, betas=(0.9, 0.95), weight_decay=0.0),
+        1e-2,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PUBLISHED)
+def test_float_parameters_follow_the_published_optimizers(case: str) -> None:
+    make_ours, make_theirs, bound = PUBLISHED[case]
+    torch.manual_seed(0)
+    ours = nn.ParameterDict({"a": torch.randn(5, 7), "b": torch.randn(4), "c": torch.randn(4, 6)})
+    theirs = copy.deepcopy(ours)
+    pair = (make_ours(ours.named_parameters()), make_theirs(theirs.parameters()))
+    for model, optimizer in zip((ours, theirs), pair, strict=True):
+        run(model, optimizer, range(10))
+    for name in ours:
+        assert (ours[name] - theirs[name]).abs().max() <= bound * theirs[name].abs().max(), name
+
+
 def test_groups_have_their_own_settings_and_schedulers_work() -> None:
     model = make_model()
     named = list(model.named_parameters())
@@ -129,6 +182,10 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "residual of 3 bits": ("3", {"residual_bits": 3, "weight_decay": 0.1}),
     "residual of 16 bits": ("2", {"residual_bits": 16}),
     "nearest": ("5", {"residual_bits": 8, "rounding": "nearest"}),
+    "int8 moments": ("8", {"residual_bits": 0, "first_moment": "int8", "second_moment": "int8"}),
+    "bf16 first moment": ("4", {"residual_bits": 8, "first_moment": "bf16", "second_moment": "factored"}),
+    "SGD": ("8", {"optimizer": SGD, "residual_bits": 0, "momentum": 0.9, "lr": 0.02}),
+    "Adafactor": ("8", {"optimizer": Adafactor, "residual_bits": 0, "beta1": 0.9, "lr": 0.5}),
 }
 CASES = [*OPTIMIZERS, "paper"]
 
@@ -137,7 +194,9 @@ def build(case: str, model: nn.Module, named: Any = None, seed: int = 5) -> Quan
     named = model.named_parameters() if named is None else named
     if case == "paper":
         return PaperAdamW(named, lr=0.02, seed=seed)
-    return AdamW(named, lr=0.02, seed=seed, **OPTIMIZERS[case][1])
+    settings = {"optimizer": AdamW, "lr": 0.02, **OPTIMIZERS[case][1]}
+    optimizer: QuantizedOptimizer = settings.pop("optimizer")(named, seed=seed, **settings)
+    return optimizer
 
 
 def model_of(case: str) -> nn.Module:

@@ -28,7 +28,7 @@ from dqt.numerics.rounding import ROUNDINGS
 from dqt.numerics.scales import SCALE_RULES
 from dqt.optim import AdamW, PaperAdamW
 from dqt.optim.base import QuantizedOptimizer
-from dqt.optim.moments import SECOND_MOMENTS
+from dqt.optim.moments import FIRST_MOMENTS, SECOND_MOMENTS
 from dqt.optim.writeback import DEFAULT_HYSTERESIS, check_residual
 from dqt.quantize import QuantizeReport, Rule, quantize_
 from dqt.tensor import Products, QuantizedTensor
@@ -61,7 +61,10 @@ class Recipe:
         per_row: One scale a row.
         residual_bits: k, 0 is strict.
         hysteresis: h, in grid steps.
-        second_moment: Of low-bit weights: "full" or "factored".
+        second_moment: Of low-bit weights: "full", "int8" or "factored".
+        first_moment: Of low-bit weights: "fp32", "bf16" or "int8".
+        float_first_moment: Of float matrices.
+        float_second_moment: Of float matrices.
         rounding: Of the write-back.
         products: Which products are integer.
     """
@@ -84,6 +87,9 @@ class Recipe:
     residual_bits: int = 0
     hysteresis: float = DEFAULT_HYSTERESIS
     second_moment: str = "full"
+    first_moment: str = "fp32"
+    float_first_moment: str = "fp32"
+    float_second_moment: str = "full"
     rounding: str = "stochastic"
     products: Products = field(default_factory=Products)
 
@@ -109,6 +115,9 @@ class Recipe:
             )
         for key, names in (
             ("second_moment", SECOND_MOMENTS),
+            ("float_second_moment", SECOND_MOMENTS),
+            ("first_moment", FIRST_MOMENTS),
+            ("float_first_moment", FIRST_MOMENTS),
             ("scale_rule", (None, *SCALE_RULES)),
             ("rounding", ROUNDINGS),
         ):
@@ -250,7 +259,11 @@ def build_optimizer(
     low_bit = [(n, p) for n, p in named if isinstance(p, QuantizedTensor)]
     matrices = [(n, p) for n, p in named if not isinstance(p, QuantizedTensor) and p.ndim >= 2]
     vectors = [(n, p) for n, p in named if not isinstance(p, QuantizedTensor) and p.ndim < 2]
-    plain = {"betas": recipe.float_betas, "second_moment": "full"}
+    plain = {
+        "betas": recipe.float_betas,
+        "first_moment": recipe.float_first_moment,
+        "second_moment": recipe.float_second_moment,
+    }
     groups: list[dict[str, Any]] = [
         {"params": low_bit},
         {"params": matrices, **plain, "weight_decay": 0.0 if recipe.quantized else recipe.weight_decay},
@@ -266,6 +279,7 @@ def build_optimizer(
         residual_bits=recipe.residual_bits,
         hysteresis=recipe.hysteresis,
         second_moment=recipe.second_moment,
+        first_moment=recipe.first_moment,
         rounding=recipe.rounding,
         clip_update=recipe.clip_update,
     )

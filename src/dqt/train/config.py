@@ -188,7 +188,10 @@ class OptimConfig(Section):
         float_betas: Moment decay of float parameters.
         eps: Of the optimizer.
         weight_decay: Decoupled.
-        second_moment: "full" or "factored".
+        second_moment: "full", "int8" or "factored".
+        first_moment: "fp32", "bf16" or "int8".
+        float_first_moment: Of float matrices.
+        float_second_moment: Of float matrices.
         grad_clip: Global gradient norm to clip to; 0 does not clip.
         clip_update: Clip of each tensor's step, see `dqt.optim.AdamW`; 0 does not clip.
         warmup_steps: None is the recipe's, or a tenth of the run.
@@ -205,6 +208,9 @@ class OptimConfig(Section):
     eps: float | None = None
     weight_decay: float | None = None
     second_moment: str | None = None
+    first_moment: str | None = None
+    float_first_moment: str | None = None
+    float_second_moment: str | None = None
     grad_clip: float | None = None
     clip_update: float | None = None
     warmup_steps: int | None = None
@@ -417,6 +423,7 @@ _QUANT_TO_RECIPE = (
 )
 _OPTIM_TO_RECIPE = (
     *("lr", "betas", "float_betas", "eps", "weight_decay", "second_moment"),
+    *("first_moment", "float_first_moment", "float_second_moment"),
     *("grad_clip", "clip_update", "warmup_steps", "schedule"),
 )
 
