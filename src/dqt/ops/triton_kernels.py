@@ -1,13 +1,11 @@
-"""The elementwise operations for CUDA, in Triton: bit for bit `dqt.ops.reference` and the write-back.
+"""The elementwise operations for CUDA, in Triton, bit for bit `dqt.ops.reference`.
 
-Tested with Triton's interpreter on the CPU, and compiled for a GPU without one. Never run or timed on a
-GPU: none was at hand. What bit equality takes: `enable_fp_fusion=False` (no a * b + c in one rounding), IEEE
-division and root (`tl.div_rn`, `tl.sqrt_rn`), and Philox with the project's own counter (`tl.randint4x` fixes
-two of its words at 0).
+Tested with Triton's interpreter on the CPU, and compiled for a GPU without one. Never run or timed on a GPU:
+none was at hand. What bit equality takes: `enable_fp_fusion=False` (no a * b + c in one rounding) and IEEE
+division (`tl.div_rn`). The optimizer's update has no kernel here yet, and runs on the reference.
 
-A kernel works on groups of eight values: n-bit codes of eight values are n whole bytes at any n, so that one
-text packs every width. Each value draws its own four random words and uses one; simple, and four times the
-arithmetic.
+Packing works on groups of eight values: n-bit codes of eight values are n whole bytes at any n, so that one
+text packs every width.
 """
 
 from __future__ import annotations
