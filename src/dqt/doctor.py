@@ -131,7 +131,8 @@ def _instruction_sets() -> list[str]:
 
 def _products() -> Iterator[Finding]:
     if has_fast_int8():
-        yield Finding("int8 products", OK, "in integers (AVX512-VNNI)")
+        unit = "AMX" if cpu.library() and cpu.active_isa() == "amx" else "AVX512-VNNI"
+        yield Finding("int8 products", OK, f"in integers ({unit})")
     else:
         yield Finding(
             "int8 products",

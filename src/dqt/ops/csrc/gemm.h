@@ -1,4 +1,4 @@
-// Integer matrix product with a float epilogue: the interface between gemm.cpp and its two instruction sets.
+// Integer matrix product with a float epilogue, by AMX tiles: the interface between gemm.cpp and gemm_amx.cpp.
 //
 // c[m, n] = ((sum over k of a[m, k] * b[k, n]) * row_scale[m]) * column_scale[n] + bias[n]
 //
@@ -24,7 +24,6 @@ struct DqtGemm {
   const float* bias;          // [n] or null
   std::int8_t* packed_a;      // blocks * chunks * 2048 bytes, or null: `a` is used where it lies
   std::int8_t* packed_b;      // panels * chunks * 2048 bytes
-  std::int32_t* row_sums;     // blocks * 32
   std::int64_t m, n, k;
   std::int64_t a_stride, b_stride;  // bytes between stored rows
   std::int32_t a_transposed, b_transposed;
@@ -39,15 +38,11 @@ constexpr std::int64_t kTile = 1024;  // bytes of a tile
 
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-struct GemmKernels {
-  void (*pack_b)(const DqtGemm* args, std::int64_t begin, std::int64_t end);     // panels
-  void (*prepare_a)(const DqtGemm* args, std::int64_t begin, std::int64_t end);  // blocks
-  void (*multiply)(const DqtGemm* args, std::int64_t begin, std::int64_t end);   // panels
-};
-
 }  // namespace dqt
 
 extern "C" {
-const dqt::GemmKernels* dqt_gemm_amx();   // null if the operating system refuses the tiles
-const dqt::GemmKernels* dqt_gemm_vnni();
+int dqt_amx_permitted();  // 0 if the operating system refuses the tiles
+void dqt_amx_pack_a(const DqtGemm* args, std::int64_t begin, std::int64_t end);   // blocks
+void dqt_amx_pack_b(const DqtGemm* args, std::int64_t begin, std::int64_t end);   // panels
+void dqt_amx_multiply(const DqtGemm* args, std::int64_t begin, std::int64_t end); // panels
 }
