@@ -63,7 +63,7 @@ def main() -> None:
         give_back_at_once()
     model_config = build_config(config.model.preset, seq_len=config.train.seq_len)
     model, _ = build_with_recipe(model_config, recipe, config.quant.rules_to_bits)
-    if config.train.fused and recipe.quantized and recipe.method != "paper":
+    if config.train.fused and recipe.fusible:
         fuse_(model)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = build_optimizer(model, recipe)

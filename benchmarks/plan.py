@@ -44,7 +44,7 @@ def measure(values: dict[str, Any]) -> dict[str, int]:
         model_config = build_config(config.model.preset, overrides=config.model.overrides)
         recipe = config.recipe()
         model, _ = build_with_recipe(model_config, recipe, config.quant.rules_to_bits)
-        if config.train.fused and recipe.quantized and recipe.method != "paper":
+        if config.train.fused and recipe.fusible:
             fuse_(model)
         if config.train.activation_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

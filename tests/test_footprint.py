@@ -57,7 +57,7 @@ def build(values: dict[str, Any]) -> tuple[Needs, torch.nn.Module, torch.optim.O
     model_config = build_config("micro", config.model.arch, 1000, LENGTH, config.model.overrides)
     recipe = config.recipe()
     model, _ = build_with_recipe(model_config, recipe, config.quant.rules_to_bits)
-    if config.train.fused and recipe.quantized and recipe.method != "paper":
+    if config.train.fused and recipe.fusible:
         fuse_(model)
     return Needs(config), model, build_optimizer(model, recipe), config
 

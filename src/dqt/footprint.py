@@ -140,7 +140,7 @@ class Needs:
         self.tokens = required(train.batch_size) * self.seq_len
         self.accumulation = train.accumulation or 1
         self.checkpointing = bool(train.activation_checkpointing)
-        self.fused = train.fused and self.recipe.quantized and self.recipe.method != "paper"
+        self.fused = train.fused and self.recipe.fusible
         self.release, self.give_back = train.gradient_release, train.give_back_memory
 
     # -- parameters ------------------------------------------------------------------------------------------

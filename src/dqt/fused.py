@@ -49,6 +49,11 @@ def fuse_(model: nn.Module) -> list[str]:
     return fused
 
 
+def is_fused(model: nn.Module) -> bool:
+    """Whether `fuse_` has changed something in a model."""
+    return any(type(module) in _FUSED.values() for module in model.modules())
+
+
 def _fits(module: nn.Module) -> bool:
     if isinstance(getattr(module, "weight", None), QuantizedTensor):
         return False  # a gain on a grid, as in the recipe `paper`

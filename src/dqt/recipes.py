@@ -129,6 +129,11 @@ class Recipe:
         """Whether weights are low-bit integers between steps."""
         return self.method not in FLOAT_METHODS
 
+    @property
+    def fusible(self) -> bool:
+        """Whether `dqt.fuse_` is for it: baselines and `paper` run the layers that people run."""
+        return self.quantized and self.method != "paper"
+
 
 def recipe_for(method: str | None = None, bits: str | int | None = None, **overrides: Any) -> Recipe:
     """The default recipe of a method and bit width.

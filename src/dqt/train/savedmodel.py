@@ -27,6 +27,7 @@ from torch import nn
 from dqt.baselines import bitnet_
 from dqt.data.tokenizer import TextTokenizer, load_tokenizer
 from dqt.errors import DqtError, ModelError
+from dqt.fused import fuse_, is_fused
 from dqt.models import Initializer, empty_model
 from dqt.nn import set_quantized_weight
 from dqt.numerics.formats import parse_bits
@@ -68,6 +69,7 @@ def save_model(
     info = {
         "format_version": storage.FORMAT_VERSION,
         "method": recipe.method,
+        "fused": is_fused(model),
         "bits": recipe.bits,
         "recipe": asdict(recipe),
         "tensors": _describe(model, report),
@@ -151,6 +153,8 @@ def _rebuild(path: Path, info: Mapping[str, Any]) -> PreTrainedModel:
         for name, entry in info["tensors"].items():
             _make_low_bit(model, name, entry)
         Initializer(model, seed=0).finish()
+        if info.get("fused"):  # so that it computes the same bits as the model that was trained
+            fuse_(model)
     except (KeyError, TypeError, AttributeError, ValueError, DqtError) as error:
         raise ModelError(f"{path / INFO} does not fit the model: {error!r}") from error
     return model

@@ -94,7 +94,7 @@ class Trainer:
         self.model, self.quantized = build_with_recipe(
             model_config(config, corpus), self.recipe, config.quant.rules_to_bits, train.seed
         )
-        if train.fused and self.recipe.quantized and self.recipe.method != "paper":
+        if train.fused and self.recipe.fusible:
             fuse_(self.model)
         if train.activation_checkpointing:
             with warnings.catch_warnings():  # transformers 5 has a new name for it, and both work until 6
