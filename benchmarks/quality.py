@@ -75,12 +75,12 @@ class Run:
 
 def formats_suite() -> tuple[list[Run], dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Every method and bit width once, at the recipe's learning rate."""
-    short_warmup = (("warmup_steps", 16),)
+    short_warmup = (("warmup_steps", 22),)
     runs = [Run(method, bits) for method in ("strict", "residual") for bits in BITS]
     wider = (("initializer_range", 256**-0.5),)
     runs += [Run(method, None) for method in ("fp32", "bf16", "bitnet")]
     runs += [Run("paper", bits, 2e-3, wider, short_warmup) for bits in BITS[1:]]
-    train = {"steps": 160, "seq_len": 128, "batch_size": 8, "eval_every": 160}
+    train = {"steps": 220, "seq_len": 128, "batch_size": 8, "eval_every": 220}
     return runs, {"preset": "tiny"}, train, {"vocab_size": 512}
 
 
@@ -179,7 +179,7 @@ def stored_bits(out: Path) -> str:
     command = [sys.executable, "-m", "dqt", "inspect", str(out), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     tensors = [t for t in json.loads(done.stdout)["tensors"] if t["name"].endswith("proj.weight")]
-    weights, size = sum(t["elements"] for t in tensors), sum(t["bytes"] for t in tensors)
+    weights, size = sum(t["weights"] for t in tensors), sum(t["bytes"] for t in tensors)
     return f"{8 * size / weights:.3f}"
 
 
