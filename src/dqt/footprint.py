@@ -81,11 +81,14 @@ class Weight:
         """Bytes of its optimizer state."""
         low_bit = self.format is not None
         betas = recipe.betas if low_bit else recipe.float_betas
-        total = 4 * self.count if betas[0] else 0
-        if low_bit and recipe.second_moment == "factored" and len(self.shape) > 1:
-            total += 4 * (self.rows + self.shape[-1])
-        else:
-            total += 4 * self.count
+        first = recipe.first_moment if low_bit else recipe.float_first_moment
+        second = recipe.second_moment if low_bit else recipe.float_second_moment
+        if len(self.shape) < 2:  # a vector keeps float32
+            first, second = "fp32", "full"
+        blocks = 4 * self.rows * -(-self.shape[-1] // 128)  # scales of an int8 moment
+        bytes_of = {"fp32": 4 * self.count, "full": 4 * self.count, "bf16": 2 * self.count}
+        bytes_of |= {"int8": self.count + blocks, "factored": 4 * (self.rows + self.shape[-1])}
+        total = (bytes_of[first] if betas[0] else 0) + bytes_of[second]
         if low_bit and recipe.residual_bits == 16:
             total += 2 * self.count
         elif low_bit and recipe.residual_bits:
