@@ -190,6 +190,8 @@ def _candidates(config: Config) -> Iterator[tuple[dict[str, Any], str]]:
     recipe, train = config.recipe(), config.train
     if recipe.quantized and recipe.method != "paper" and recipe.second_moment != "factored":
         yield {"optim.second_moment": "factored"}, "no loss measured"
+    if recipe.method != "paper" and recipe.float_second_moment != "factored":
+        yield {"optim.float_second_moment": "factored"}, "of embedding and head: loss not measured"
     if not train.activation_checkpointing:
         yield {"train.activation_checkpointing": True}, "the same steps, a third more time"
     batch, accumulation = required(train.batch_size), required(train.accumulation)
