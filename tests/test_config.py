@@ -10,7 +10,8 @@ import pytest
 from dqt.errors import ConfigError
 from dqt.models import PRESETS
 from dqt.recipes import METHODS
-from dqt.train.config import TRAINING_DEFAULTS, Config, resolve
+from dqt.train.config import Config, resolve
+from dqt.train.sections import TRAINING_DEFAULTS
 
 REFUSED = [  # TOML, parts of the message
     ("[modle]\npreset = 'tiny'", ["unknown section [modle]", "did you mean 'model'"]),

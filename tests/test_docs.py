@@ -13,7 +13,8 @@ import transformers
 import dqt
 from dqt.cli import TRAIN_FLAGS, main
 from dqt.models import build_config
-from dqt.train.config import SECTIONS, Config
+from dqt.train.config import Config
+from dqt.train.sections import SECTIONS
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

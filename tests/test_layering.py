@@ -31,6 +31,7 @@ LAYERS = (
     "models",
     "data",
     "train.losses",
+    "train.sections",
     "train.config",
     "memory",
     "footprint",

@@ -17,7 +17,8 @@ from typing import Any
 from dqt.errors import ConfigError, DqtError, did_you_mean
 from dqt.footprint import Footprint, Needs
 from dqt.memory import format_bytes
-from dqt.train.config import LEAVE_FLOAT, Config, QuantConfig, required, resolve
+from dqt.train.config import Config, required, resolve
+from dqt.train.sections import LEAVE_FLOAT, QuantConfig
 
 GIB = 2**30
 CPU = "cpu"
