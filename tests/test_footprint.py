@@ -49,8 +49,9 @@ CASES: dict[str, dict[str, Any]] = {
     "grouped heads": {"model.num_key_value_heads": 2},
     "release": {"train.gradient_release": True},
     "paper": {"quant.method": "paper"},
+    "paper with floats": {"quant.method": "paper", "quant.rules": {"*norm*": "float", "lm_head": "float"}},
     "fp32": {"quant.method": "fp32"},
-    "bf16": {"quant.method": "bf16"},
+    "bf16": {"quant.method": "bf16", "optim.betas": [0.0, 0.95], "optim.second_moment": "factored"},
     "bitnet": {"quant.method": "bitnet"},
 }
 

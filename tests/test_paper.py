@@ -275,7 +275,7 @@ def test_the_recipe_is_the_published_one() -> None:
         assert recipe.products.forward == "int8"
 
 
-def test_one_bit_and_parameters_off_the_grid_are_refused() -> None:
+def test_one_bit_and_scales_by_row_are_refused() -> None:
     for bits in ("1", 1):
         with pytest.raises(
             ConfigError, match=r"paper has no 1-bit format.*use bits ternary, or method strict"
@@ -285,8 +285,31 @@ def test_one_bit_and_parameters_off_the_grid_are_refused() -> None:
     dqt.quantize_(binary, 1, {"*": 1}, scale_rule="paper")
     rows = nn.Linear(4, 4, bias=False)
     dqt.quantize_(rows, 4, {"*": 4}, scale_rule="paper", per_row=True)
-    biased = nn.Linear(4, 4)
-    dqt.quantize_(biased, 4)
-    for model, name in ((binary, "weight"), (rows, "weight"), (biased, "bias"), (nn.Linear(4, 4), "weight")):
-        with pytest.raises(ConfigError, match=f"{name} is not on a grid of 2 bits or more with one scale"):
+    for model in (binary, rows):
+        with pytest.raises(ConfigError, match="weight is not on a grid of 2 bits or more with one scale"):
             PaperAdamW(model.named_parameters())
+
+
+def test_a_frozen_scale_stays_and_survives_a_copy() -> None:
+    layer = paper_layer("4")
+    weight = layer.weight
+    assert isinstance(weight, QuantizedTensor)
+    weight.write_codes(torch.full((6, 8), -8))  # without a positive weight, which only a new scale needs
+    before = weight.scale.clone()
+    layer.weight.grad = torch.ones(6, 8)
+    optimizer = PaperAdamW(layer.named_parameters(), lr=0.1, seed=SEED, frozen_scale=True)
+    optimizer.step()
+    assert torch.equal(weight.scale, before)
+    assert copy.deepcopy(optimizer).frozen_scale
+
+
+def test_float_parameters_follow_the_published_step() -> None:
+    layer = nn.Linear(8, 6, bias=True)
+    dqt.quantize_(layer, "4", scale_rule="paper")
+    bias = layer.bias.detach().clone()
+    for parameter in layer.parameters():
+        parameter.grad = torch.ones(parameter.shape)
+    PaperAdamW(layer.named_parameters(), lr=0.5, weight_decay=0.25, seed=SEED).step()
+    step = 0.5 * (0.001**0.5 / 0.1) * 0.1 / (0.001**0.5 + 1e-6)
+    decayed = bias * (1 - 0.5 * 0.25)  # before the step here, after it as published: lr * decay * step apart
+    torch.testing.assert_close(layer.bias.detach(), decayed - step)

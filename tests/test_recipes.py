@@ -66,6 +66,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": "bitnet", "bits": 4}, "method bitnet has no --bits 4"),
     ({"method": "strict", "bits": 4, "residual_bits": 8}, "residual_bits=8 needs method residual"),
     ({"method": "residual", "bits": 4, "residual_bits": 0}, "with 0 it is method strict"),
+    ({"method": "strict", "bits": 4, "frozen_scale": False}, "frozen_scale = false is for method paper"),
     ({"method": "residual", "residual_bits": 9}, "residual_bits=9 is not one of"),
     ({"method": "residual", "hysteresis": 0.5}, "hysteresis=0.5 must be in"),
     ({"second_moment": "factord"}, "did you mean 'factored'"),
@@ -98,6 +99,7 @@ PREPARED: list[tuple[str, Any, Any, dict[str, str]]] = [
     ("residual", "ternary", {"embed": 8}, {"up.weight": "ternary", "embed.weight": "8"}),
     ("residual", 4, {"*": None}, {}),
     ("paper", 4, None, dict.fromkeys(("embed.weight", "up.weight", "norm.weight", "lm_head.weight"), "4")),
+    ("paper", 4, {"norm": None, "embed": None}, {"up.weight": "4", "lm_head.weight": "4"}),
     ("fp32", None, None, {}),
     ("bf16", None, None, {}),
     ("bitnet", None, None, {}),
@@ -121,7 +123,7 @@ def test_prepare_model(method: str, bits: Any, rules: Any, expected: dict[str, s
     assert sorted(named) == sorted(name for name, _ in model.named_parameters())
 
 
-@pytest.mark.parametrize("method", ["paper", "fp32", "bf16", "bitnet"])
+@pytest.mark.parametrize("method", ["fp32", "bf16", "bitnet"])
 def test_methods_without_rules_refuse_them(method: str) -> None:
     with pytest.raises(ConfigError, match=f"method {method} takes no rules"):
         prepare_model_(Toy(), recipe_for(method), {"embed": 8})
@@ -147,11 +149,18 @@ def test_each_kind_of_parameter_gets_its_own_rule() -> None:
     assert all((g["lr"], g["seed"], g["residual_bits"]) == (0.5, 3, 8) for g in optimizer.param_groups)
 
 
-def test_float_methods_decay_matrices_and_not_vectors() -> None:
-    recipe = recipe_for("fp32", weight_decay=0.1)
+def test_float_methods_treat_linear_weights_as_others_treat_low_bit_ones() -> None:
+    recipe = recipe_for("fp32", weight_decay=0.1, betas=(0.0, 0.9), second_moment="factored")
     optimizer = build_optimizer(Toy(), recipe)
-    decay = {tuple(group["param_names"]): group["weight_decay"] for group in optimizer.param_groups}
-    assert decay == {("embed.weight", "up.weight", "lm_head.weight"): 0.1, ("up.bias", "norm.weight"): 0.0}
+    settings = {
+        tuple(g["param_names"]): (g["betas"], g["weight_decay"], g["second_moment"])
+        for g in optimizer.param_groups
+    }
+    assert settings == {
+        ("up.weight",): ((0.0, 0.9), 0.1, "factored"),
+        ("embed.weight", "lm_head.weight"): ((0.9, 0.95), 0.1, "full"),
+        ("up.bias", "norm.weight"): ((0.9, 0.95), 0.0, "full"),
+    }
     assert all(group["lr"] == recipe.lr for group in optimizer.param_groups)
 
 

@@ -81,9 +81,10 @@ class Weight:
     def state(self, recipe: Recipe) -> int:
         """Bytes of its optimizer state."""
         low_bit = self.format is not None
-        betas = recipe.betas if low_bit else recipe.float_betas
-        first = recipe.first_moment if low_bit else recipe.float_first_moment
-        second = recipe.second_moment if low_bit else recipe.float_second_moment
+        main = low_bit or (self.kind == "linear" and not recipe.quantized)
+        betas = recipe.betas if main else recipe.float_betas
+        first = recipe.first_moment if main else recipe.float_first_moment
+        second = recipe.second_moment if main else recipe.float_second_moment
         if len(self.shape) < 2:  # a vector keeps float32
             first, second = "fp32", "full"
         blocks = 4 * self.rows * -(-self.shape[-1] // 128)  # scales of an int8 moment
@@ -134,7 +135,9 @@ class Needs:
     def __init__(self, config: Config, vocab_size: int | None = None) -> None:
         model, train = config.model, config.train
         self.recipe = config.recipe()
-        self.rules = {"*": self.recipe.bits} if self.recipe.method == "paper" else config.quant.rules_to_bits
+        self.rules = config.quant.rules_to_bits
+        if self.recipe.method == "paper":
+            self.rules = {"*": self.recipe.bits, **self.rules}
         self.arch, self.tied = model.arch, bool(model.tie_word_embeddings)
         self.hidden, self.inner = required(model.hidden_size), required(model.intermediate_size)
         self.layers, self.heads = required(model.num_hidden_layers), required(model.num_attention_heads)

@@ -189,7 +189,7 @@ def advice(plan: Plan) -> str:
 def _candidates(config: Config) -> Iterator[tuple[dict[str, Any], str]]:
     """Settings that lower the peak, in the order of what they cost."""
     recipe, train = config.recipe(), config.train
-    if recipe.quantized and recipe.method != "paper" and recipe.second_moment != "factored":
+    if recipe.method != "paper" and recipe.second_moment != "factored":
         yield {"optim.second_moment": "factored"}, "no loss measured"
     if recipe.method != "paper" and recipe.float_second_moment != "factored":
         yield {"optim.float_second_moment": "factored"}, "of embedding and head: loss not measured"

@@ -30,7 +30,7 @@ from dqt.optim import AdamW, PaperAdamW
 from dqt.optim.base import QuantizedOptimizer
 from dqt.optim.moments import FIRST_MOMENTS, SECOND_MOMENTS
 from dqt.optim.writeback import DEFAULT_HYSTERESIS, check_residual
-from dqt.quantize import QuantizeReport, Rule, quantize_
+from dqt.quantize import QuantizeReport, Rule, linear_modules, quantize_
 from dqt.tensor import Products, QuantizedTensor
 
 METHODS = ("strict", "residual", "paper", "fp32", "bf16", "bitnet")
@@ -49,8 +49,9 @@ class Recipe:
         schedule: Decay after it: "cosine", "linear" or "wsd".
         grad_clip: Global gradient norm to clip to; 0 does not clip.
         clip_update: Clip of each tensor's step, see `AdamW`; 0 does not clip.
-        betas: Moment decay of low-bit weights; a first one of 0 keeps no first moment.
-        float_betas: Moment decay of float parameters.
+        betas: Moment decay of low-bit weights, or of the layers' linear weights where the method is a float
+            one; a first one of 0 keeps no first moment.
+        float_betas: Moment decay of all other parameters.
         eps: Of the optimizer.
         weight_decay: Decoupled, on low-bit weights (on everything for `paper`), and on the float matrices of
             the float methods.
@@ -59,12 +60,13 @@ class Recipe:
         scale_rule: How the grid step is set at the start; None is the default of each weight's format.
         headroom: Factor on the rule's scale.
         per_row: One scale a row.
+        frozen_scale: Keep the scale of the start; only `paper` can do without.
         residual_bits: k, 0 is strict.
         hysteresis: h, in grid steps.
-        second_moment: Of low-bit weights: "full", "int8" or "factored".
-        first_moment: Of low-bit weights: "fp32", "bf16" or "int8".
-        float_first_moment: Of float matrices.
-        float_second_moment: Of float matrices.
+        second_moment: Of what `betas` is for: "full", "int8" or "factored".
+        first_moment: Of the same: "fp32", "bf16" or "int8".
+        float_first_moment: Of all other matrices.
+        float_second_moment: Of all other matrices.
         rounding: Of the write-back.
         products: Which products are integer.
     """
@@ -84,6 +86,7 @@ class Recipe:
     scale_rule: str | None = None
     headroom: float = 1.0
     per_row: bool = False
+    frozen_scale: bool = True
     residual_bits: int = 0
     hysteresis: float = DEFAULT_HYSTERESIS
     second_moment: str = "full"
@@ -107,6 +110,10 @@ class Recipe:
             )
         if self.method == "paper" and self.clip_update:
             raise ConfigError("method paper has no clip_update: it is the published step")
+        if not self.frozen_scale and self.method != "paper":
+            raise ConfigError(
+                f"method {self.method} has no scale to recompute: frozen_scale = false is for method paper"
+            )
         if self.init_gain is not None and not 0 < self.init_gain <= 100:
             raise ConfigError(f"init_gain={self.init_gain} must be above 0, and 100 at the most")
         if self.method == "paper" and self.bits == "1":
@@ -206,6 +213,7 @@ def _paper(bits: str) -> Recipe:
         eps=1e-6,
         weight_decay=0.01,
         scale_rule="paper",
+        frozen_scale=False,
         products=Products(forward="int8", grad_input="float", grad_weight="float"),
     )
 
@@ -225,7 +233,8 @@ def prepare_model_(
     Args:
         model: A float model.
         recipe: What to do with it.
-        rules: Name patterns to bits, or None to leave float; see `dqt.quantize_`. Low-bit methods only.
+        rules: Name patterns to bits, or None to leave float; see `dqt.quantize_`. Low-bit methods only; for
+            `paper` they come after its own, which is to quantize everything.
         materialize: Makes a module of a model on the meta device real; see `dqt.quantize_`.
 
     Returns:
@@ -234,8 +243,8 @@ def prepare_model_(
     Raises:
         ConfigError: If rules are given for a method that has none.
     """
-    if rules and (not recipe.quantized or recipe.method == "paper"):
-        raise ConfigError(f"method {recipe.method} takes no rules: they are for methods strict and residual")
+    if rules and not recipe.quantized:
+        raise ConfigError(f"method {recipe.method} takes no rules: its weights are floats")
     if recipe.method == "bitnet":
         return bitnet_(model)
     if not recipe.quantized:
@@ -244,7 +253,7 @@ def prepare_model_(
     return quantize_(
         model,
         recipe.bits,
-        {"*": recipe.bits} if recipe.method == "paper" else rules,
+        {"*": recipe.bits, **(rules or {})} if recipe.method == "paper" else rules,
         scale_rule=recipe.scale_rule,
         headroom=recipe.headroom,
         per_row=recipe.per_row,
@@ -256,21 +265,30 @@ def prepare_model_(
 def build_optimizer(
     model: nn.Module, recipe: Recipe, lr: float | None = None, seed: int = 0
 ) -> QuantizedOptimizer:
-    """The optimizer of a recipe, in groups: low-bit weights, float matrices, vectors (not decayed)."""
+    """The optimizer of a recipe, in groups: low-bit weights, float matrices, vectors (not decayed).
+
+    The linear weights of a float method are the counterpart of low-bit ones, so that two methods can be
+    compared with equal moments.
+    """
     lr = recipe.lr if lr is None else lr
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if recipe.method == "paper":
-        return PaperAdamW(named, lr, recipe.betas, recipe.eps, recipe.weight_decay, seed=seed)
-    low_bit = [(n, p) for n, p in named if isinstance(p, QuantizedTensor)]
-    matrices = [(n, p) for n, p in named if not isinstance(p, QuantizedTensor) and p.ndim >= 2]
-    vectors = [(n, p) for n, p in named if not isinstance(p, QuantizedTensor) and p.ndim < 2]
+        frozen = recipe.frozen_scale
+        return PaperAdamW(
+            named, lr, recipe.betas, recipe.eps, recipe.weight_decay, seed=seed, frozen_scale=frozen
+        )
+    linear = set() if recipe.quantized else {id(module.weight) for _, module in linear_modules(model)}
+    main = [(n, p) for n, p in named if isinstance(p, QuantizedTensor) or id(p) in linear]
+    rest = [(n, p) for n, p in named if not isinstance(p, QuantizedTensor) and id(p) not in linear]
+    matrices = [(n, p) for n, p in rest if p.ndim >= 2]
+    vectors = [(n, p) for n, p in rest if p.ndim < 2]
     plain = {
         "betas": recipe.float_betas,
         "first_moment": recipe.float_first_moment,
         "second_moment": recipe.float_second_moment,
     }
     groups: list[dict[str, Any]] = [
-        {"params": low_bit},
+        {"params": main},
         {"params": matrices, **plain, "weight_decay": 0.0 if recipe.quantized else recipe.weight_decay},
         {"params": vectors, **plain, "weight_decay": 0.0},
     ]

@@ -154,6 +154,7 @@ _QUANT_TO_RECIPE = (
     "scale_rule",
     "headroom",
     "per_row",
+    "frozen_scale",
     "residual_bits",
     "hysteresis",
     "rounding",

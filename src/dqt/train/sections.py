@@ -90,6 +90,7 @@ class QuantConfig(Section):
         scale_rule: How the grid step is set.
         headroom: Factor on the rule's grid step.
         per_row: One scale a row.
+        frozen_scale: Keep the grid step of the start; `paper` recomputes it at every step.
         residual_bits: Remainder bits a weight; 0 is strict.
         hysteresis: In grid steps.
         rounding: Of the write-back.
@@ -106,6 +107,7 @@ class QuantConfig(Section):
     scale_rule: str | None = None
     headroom: float | None = None
     per_row: bool | None = None
+    frozen_scale: bool | None = None
     residual_bits: int | None = None
     hysteresis: float | None = None
     rounding: str | None = None
@@ -166,8 +168,8 @@ class OptimConfig(Section):
 
     Attributes:
         lr: Peak learning rate.
-        betas: Moment decay of low-bit weights.
-        float_betas: Moment decay of float parameters.
+        betas: Moment decay of low-bit weights; of the layers' linear weights where the method is a float one.
+        float_betas: Moment decay of all other parameters.
         eps: Of the optimizer.
         weight_decay: Decoupled.
         second_moment: "full", "int8" or "factored".
