@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import dqt
 from dqt import ops
 from dqt.errors import ConfigError
-from dqt.ops import activations, cpu, reference
+from dqt.ops import activations, attention, cpu, reference
 from dqt.ops.products import MAX_INNER
 
 
@@ -175,6 +175,25 @@ def test_activations(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) ->
         lambda: activations.rotary(heads, cos, sin, transposed=True),
     ]
     for case in cases:
+        assert_same(case(), on_reference(monkeypatch, case))
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(
+    ("batch", "positions", "heads", "kv_heads", "width"),
+    [(1, 1, 1, 1, 1), (2, 5, 2, 1, 3), (1, 50, 2, 2, 8), (2, 97, 4, 2, 20), (1, 130, 1, 1, 64)],
+)
+def test_attention(
+    batch: int, positions: int, heads: int, kv_heads: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(positions)
+    query, dout = torch.randn(2, batch, positions, heads, width, generator=generator) * 2
+    key, value = torch.randn(2, batch, positions, kv_heads, width, generator=generator) * 2
+    results = attention.causal_attention(query, key, value, 0.3)
+    for case in (
+        lambda: attention.causal_attention(query, key, value, 0.3),
+        lambda: attention.causal_attention_backward(dout, query, key, value, *results, 0.3),
+    ):
         assert_same(case(), on_reference(monkeypatch, case))
 
 

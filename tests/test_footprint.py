@@ -17,6 +17,7 @@ from dqt.footprint import Needs
 from dqt.fused import fuse_
 from dqt.memory import measure
 from dqt.models import build_config, build_with_recipe
+from dqt.ops.attention import is_fast
 from dqt.ops.bf16_guard import ensure_bf16_products
 from dqt.recipes import autocast, build_optimizer
 from dqt.tensor import QuantizedTensor
@@ -121,8 +122,10 @@ def test_activations_are_what_autograd_saves(case: str, arch: str) -> None:
     needs, model, _, config = build(CASES[case] | {"model.arch": arch})
     if case == "bf16":
         ensure_bf16_products()
-    # bfloat16 casts are within 2 %; of the others all is known but two indices.
+    # bfloat16 casts are within 2 %; of the others all is known but two indices, and one number a query and
+    # head less where torch's attention runs in place of ours.
     slack = 0.02 * needs.activations if case == "bf16" else 64
+    slack += 0 if is_fast() else 4 * needs.tokens * needs.heads * needs.layers
     assert abs(saved_bytes(model, config) - needs.activations) <= slack
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -14,10 +15,12 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import dqt
+from dqt import fused as fused_module
 from dqt import ops
+from dqt.errors import ConfigError
 from dqt.fused import fuse_
 from dqt.models import build_config, build_model
-from dqt.ops import activations, reference
+from dqt.ops import activations, attention, reference
 from dqt.tensor import FLOAT_PRODUCTS
 from dqt.train.losses import language_model_loss
 
@@ -61,6 +64,78 @@ def plain_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 def plain_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return apply_rotary_pos_emb(x, x, cos[None], sin[None], unsqueeze_dim=2)[0]
+
+
+def test_fma_rounds_once() -> None:
+    """Against exact fractions, at the places where rounding the product first gives something else."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 2000, generator=generator)
+    product = a * b
+    # Near cancellation, next to a tie of the sum, and of very different size.
+    for c in (-product, product * 2.0**24, torch.randn(2000, generator=generator), product * -(2.0**-30)):
+        ours = reference.fma(a, b, c)
+        for x, y, z, got in zip(a.tolist(), b.tolist(), c.tolist(), ours.tolist(), strict=True):
+            exact = Fraction(x) * Fraction(y) + Fraction(z)
+            below, above = (
+                torch.tensor(got).nextafter(torch.tensor(end)).item() for end in (-math.inf, math.inf)
+            )
+            error = abs(Fraction(got) - exact)
+            assert error <= min(abs(Fraction(below) - exact), abs(Fraction(above) - exact))
+    assert (reference.fma(a, b, -product) != 0).any()
+    assert reference.fma(*torch.tensor([[torch.inf], [0.0], [1.0]])).isnan()
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2)])
+def test_attention_and_its_gradients_equal_float64_autograd(heads: int, kv_heads: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, dout = torch.randn(2, 2, 100, heads, 16, generator=generator) * 2
+    key, value = torch.randn(2, 2, 100, kv_heads, 16, generator=generator) * 2
+    out, top, inverse = attention.causal_attention(query, key, value, 0.25)
+    grads = attention.causal_attention_backward(dout, query, key, value, out, top, inverse, 0.25)
+    exact = [x.double().transpose(1, 2).requires_grad_() for x in (query, key, value)]
+    attended = F.scaled_dot_product_attention(*exact, is_causal=True, scale=0.25, enable_gqa=True)
+    torch.testing.assert_close(out.double(), attended.transpose(1, 2), rtol=0, atol=1e-5)
+    exact_grads = torch.autograd.grad(attended, exact, dout.double().transpose(1, 2))
+    for ours, theirs in zip(grads, exact_grads, strict=True):
+        torch.testing.assert_close(ours.double(), theirs.transpose(1, 2), rtol=0, atol=1e-4)
+
+
+def test_attention_passes_a_nan_on_and_refuses_what_does_not_fit() -> None:
+    query, key = torch.ones(1, 60, 4, 8), torch.ones(1, 60, 2, 8)
+    key[0, 10] = torch.nan
+    out = attention.causal_attention(query, key, key.nan_to_num(), 1.0)[0]
+    assert out[0, 10:].isnan().all()
+    assert out[0, :10].isfinite().all()
+    for wrong in (key[:, :9], key[..., :4], torch.ones(1, 60, 3, 8), key.double()):
+        with pytest.raises(ConfigError, match="causal_attention"):
+            attention.causal_attention(query, wrong, wrong, 1.0)
+    with pytest.raises(ConfigError, match="no size may be zero"):
+        attention.causal_attention(query[:, :0], key[:, :0], key[:, :0], 1.0)
+
+
+def test_other_attention_than_plain_causal_is_left_to_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache, padding and another implementation; and without kernels torch's is faster."""
+    called: list[bool] = []
+    original = fused_module.causal_attention
+    monkeypatch.setattr(
+        fused_module, "causal_attention", lambda *args: (called.append(True), original(*args))[1]
+    )
+    ids, padding = tokens(), torch.ones(2, 17, dtype=torch.long)
+    padding[0, :3] = 0
+    for own, implementation, call, ours in (
+        (True, "sdpa", {"use_cache": False}, True),
+        (True, "sdpa", {"use_cache": True}, False),
+        (True, "sdpa", {"use_cache": False, "attention_mask": padding}, False),
+        (True, "eager", {"use_cache": False}, False),
+        (False, "sdpa", {"use_cache": False}, False),
+    ):
+        monkeypatch.setattr(fused_module, "is_fast", lambda own=own: own)
+        model = small_model("llama")
+        model.set_attn_implementation(implementation)
+        fuse_(model)
+        called.clear()
+        model(ids, **call)
+        assert bool(called) == ours, (own, implementation, call)
 
 
 def test_operations_and_their_gradients_equal_float64_autograd() -> None:

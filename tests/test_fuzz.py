@@ -24,7 +24,7 @@ FLAGS = [
 UNITS = {DRIVER: [], **{SOURCES / f"{name}.cpp": [] for name in ("interface", "isa_portable", "gemm")}}
 if platform.machine().lower() in ("x86_64", "amd64"):
     FLAGS.append("-DDQT_X86")
-    UNITS[SOURCES / "isa_avx2.cpp"] = ["-mavx2"]
+    UNITS[SOURCES / "isa_avx2.cpp"] = ["-mavx2", "-mfma"]
     UNITS[SOURCES / "isa_avx512.cpp"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 
 

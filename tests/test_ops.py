@@ -30,6 +30,8 @@ codes = integers(torch.int8, ROWS, COLUMNS)
 product = integers(torch.int32, ROWS, COLUMNS)
 packed = codes.view(torch.uint8)[:, :10]
 scale = torch.tensor(0.5)
+query, key = floats(2, 5, 4, 3), floats(2, 5, 2, 3)
+per_query = floats(2, 4, 5)
 
 # operation, arguments: one call of each kind that its schema allows
 CALLS: list[tuple[str, tuple[Any, ...]]] = [
@@ -44,6 +46,8 @@ CALLS: list[tuple[str, tuple[Any, ...]]] = [
     ("packed_linear", (x, packed, scale, ROWS, 2, True, False)),
     ("packed_linear", (x.half(), packed[:, :5], row, ROWS, 1, False, True, row)),
     ("mean_squares", (x,)),
+    ("causal_attention", (query, key, key, 5, 4, 2, 0.5)),
+    ("causal_attention_backward", (query, query, key, key, query, per_query, per_query, 5, 4, 2, 0.5)),
     ("int_mm", (codes, codes.T)),
     ("pack", (codes, 3)),
     ("unpack", (packed.contiguous(), 2, COLUMNS, True)),

@@ -214,7 +214,8 @@ class Needs:
             floats = 0 if len(packed) == len(used) or input_kept else 4 * self.tokens * width
             return floats + (self.tokens * (width + 4) if packed else 0)  # one int8 form for all
 
-        attention = self.tokens * (a * (2 * hidden + 2 * self.kv_width) + 4 * self.heads)
+        statistics = 8 if self.fused else 4  # of a query in a head; torch's attention keeps one number
+        attention = self.tokens * (a * (2 * hidden + 2 * self.kv_width) + statistics * self.heads)
         extra_norms = self.arch == "bitnet"
         gated = (2 if self.fused else 3) * a * self.tokens * inner  # gate, up, silu(gate)
         norm = self._norm

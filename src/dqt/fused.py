@@ -5,8 +5,9 @@ same module, with the same parameters and name, of a subclass with another `forw
 
     RMS norm     one pass forward, two backward, instead of nine
     SwiGLU       its result goes to the down projection as int8 and never reaches memory as floats
-    attention    rotary embedding in one pass a tensor; the attention itself is the interface that the model's
-                 config names, as in `transformers`
+    attention    rotary embedding in one pass a tensor; causal attention in one kernel forward and one
+                 backward, where the model's config names "sdpa" (which is the default) and neither cache nor
+                 padding ask for more; else the interface that the config names, as in `transformers`
 
 The plain modules remain the specification (losses agree to float32 rounding, see the tests), and are what
 runs for float methods, under autocast, in other dtypes and in other models.
@@ -25,6 +26,7 @@ from transformers.models.llama import modeling_llama as llama
 
 from dqt.nn import quantized_swiglu_linear
 from dqt.ops import activations
+from dqt.ops.attention import causal_attention, causal_attention_backward, is_fast
 from dqt.tensor import QuantizedTensor
 
 SILU = ACT2FN["silu"]
@@ -45,6 +47,8 @@ def fuse_(model: nn.Module) -> list[str]:
         subclass = _FUSED.get(type(module))
         if subclass is not None and _fits(module):
             module.__class__ = subclass
+            if issubclass(subclass, _FusedAttention):
+                module.own_attention = is_fast()
             fused.append(name)
     return fused
 
@@ -150,7 +154,24 @@ class _Rotary(torch.autograd.Function):
         return activations.rotary(dy, cos, sin, transposed=True), None, None
 
 
+class _CausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        out, top, inverse = causal_attention(query, key, value, scale)
+        ctx.save_for_backward(query, key, value, out, top, inverse)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value, out, top, inverse = ctx.saved_tensors
+        grads = causal_attention_backward(dout, query, key, value, out, top, inverse, ctx.scale)
+        return *grads, None
+
+
 class _FusedAttention:
+    own_attention = False
+
     def forward(
         self: Any,
         hidden_states: Tensor,
@@ -167,29 +188,33 @@ class _FusedAttention:
             )
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         cos, sin = cos[0].contiguous(), sin[0].contiguous()
-        query = _Rotary.apply(self.q_proj(hidden_states).view(shape), cos, sin).transpose(1, 2)
-        key = _Rotary.apply(self.k_proj(hidden_states).view(shape), cos, sin).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, llama.eager_attention_forward
-        )
+        query = _Rotary.apply(self.q_proj(hidden_states).view(shape), cos, sin)
+        key = _Rotary.apply(self.k_proj(hidden_states).view(shape), cos, sin)
+        value = self.v_proj(hidden_states).view(shape)
         dropout = self.attention_dropout if self.training else 0.0
-        output, weights = attend(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )
+        implementation = self.config._attn_implementation
+        plain = past_key_values is None and attention_mask is None and not dropout and query.numel() > 0
+        if plain and self.own_attention and implementation == "sdpa" and query.device.type == "cpu":
+            output, weights = _CausalAttention.apply(query, key, value, self.scaling), None
+        else:
+            query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+            if past_key_values is not None:
+                key, value = past_key_values.update(key, value, self.layer_idx)
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, llama.eager_attention_forward)
+            output, weights = attend(
+                self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+            )
         output = output.reshape(*hidden_states.shape[:-1], -1).contiguous()
         norm = getattr(self, "attn_sub_norm", None)
         return self.o_proj(output if norm is None else norm(output)), weights
 
 
 class FusedLlamaAttention(_FusedAttention, llama.LlamaAttention):  # type: ignore[misc]
-    """`LlamaAttention` with the rotary embedding in one pass."""
+    """`LlamaAttention` with the rotary embedding in one pass, and causal attention in one kernel."""
 
 
 class FusedBitNetAttention(_FusedAttention, bitnet.BitNetAttention):
-    """`BitNetAttention` with the rotary embedding in one pass."""
+    """`BitNetAttention` with the rotary embedding in one pass, and causal attention in one kernel."""
 
 
 _FUSED: dict[type, type] = {

@@ -25,6 +25,11 @@ int dqt_mean_squares(std::int64_t, std::int64_t, const float*, float*, float*);
 int dqt_pack(std::int64_t, std::int64_t, const std::int8_t*, std::int64_t, std::uint8_t*);
 int dqt_unpack(std::int64_t, std::int64_t, const std::uint8_t*, std::int64_t, std::int64_t, std::int64_t,
                std::int8_t*);
+int dqt_causal_attention(std::int64_t, std::int64_t, const float*, const float*, const float*, std::int64_t,
+                         std::int64_t, std::int64_t, double, float*, float*, float*);
+int dqt_causal_attention_backward(std::int64_t, std::int64_t, const float*, const float*, const float*, const float*,
+                                  float*, float*, float*, std::int64_t, std::int64_t, std::int64_t, double, float*,
+                                  float*, float*);
 }
 
 namespace {
@@ -164,9 +169,33 @@ Output run_packing(i64 rows, i64 columns) {
   return out;
 }
 
+// Finite values only: which of a NaN and a number is larger depends on the instruction set.
+Output run_attention(i64 rows, i64 columns) {
+  const i64 positions = 1 + rows % 130, width = 1 + columns % 70, kv_heads = between(1, 2), batch = between(1, 2);
+  const i64 heads = kv_heads * between(1, 2), tokens = batch * positions;
+  const auto small = [](i64 count) {
+    std::vector<float> v(static_cast<std::size_t>(count));
+    for (auto& x : v) x = static_cast<float>(between(-4000, 4000)) * 1e-3f;
+    return v;
+  };
+  const auto query = small(tokens * heads * width), dout = small(tokens * heads * width);
+  const auto key = small(tokens * kv_heads * width), value = small(tokens * kv_heads * width);
+  std::vector<float> out(query.size()), dquery(query.size()), dkey(key.size()), dvalue(key.size());
+  std::vector<float> top(static_cast<std::size_t>(tokens * heads)), inverse(top.size());
+  if (dqt_causal_attention(tokens * heads, width, query.data(), key.data(), value.data(), positions, heads, kv_heads,
+                           0.25, out.data(), top.data(), inverse.data()) ||
+      dqt_causal_attention_backward(tokens * heads, width, dout.data(), query.data(), key.data(), value.data(),
+                                    out.data(), top.data(), inverse.data(), positions, heads, kv_heads, 0.25,
+                                    dquery.data(), dkey.data(), dvalue.data()))
+    fail("refused", "attention", rows, columns);
+  Output output;
+  for (const auto& each : {out, top, inverse, dquery, dkey, dvalue}) output.add(each);
+  return output;
+}
+
 constexpr Case kCases[] = {{"quantize_rows", run_quantize_rows}, {"quantize_columns", run_quantize_columns},
                            {"scale_product", run_scale_product}, {"mean_squares", run_mean_squares},
-                           {"packing", run_packing}};
+                           {"packing", run_packing},             {"attention", run_attention}};
 
 void refuse_bad_sizes() {
   constexpr i64 huge = std::numeric_limits<i64>::max();
@@ -186,6 +215,13 @@ void refuse_bad_sizes() {
       fail("accepted", "bits", 8, bits);
   }
   if (dqt_unpack(8, 3, nullptr, 2, 8, 1, nullptr) != 1) fail("accepted", "a wrong row of bytes", 8, 3);
+  const i64 attention[][5] = {{0, 4, 2, 2, 1}, {8, 0, 2, 2, 1}, {8, 4, 0, 2, 1},    {8, 4, 2, 0, 1}, {8, 4, 2, 2, 0},
+                              {7, 4, 2, 2, 1}, {12, 4, 2, 3, 2}, {8, 4, -2, -2, 1}, {huge, 4, huge, 1, 1}};
+  for (const auto& [rows, width, positions, heads, kv_heads] : attention) {
+    if (dqt_causal_attention(rows, width, nullptr, nullptr, nullptr, positions, heads, kv_heads, 1, nullptr, nullptr,
+                             nullptr) != 1)
+      fail("accepted", "attention's sizes", rows, width);
+  }
 }
 
 }  // namespace

@@ -213,6 +213,102 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool = False) -> Ten
     return torch.cat((a * c - b * s, b * d + a * t), dim=-1)
 
 
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """softmax(query keyᵀ * scale) value, each position seeing itself and those before it.
+
+    Products are `sum_of_products`. weight = exponential((score - top) * scale) * inverse, with the largest
+    score `top` of a query, and `inverse` = 1 / (their `row_sums` before it is multiplied).
+
+    Args:
+        query: `float32` [batch, positions, heads, width].
+        key: `float32` [batch, positions, kv_heads, width].
+        value: The same shape.
+        scale: Factor on the scores.
+
+    Returns:
+        Output in the shape of query; top and inverse [batch, heads, positions].
+    """
+    q, k, v = (_grouped(x, key.shape[2]) for x in (query, key, value))
+    score = sum_of_products(q, k.mT)
+    top = score.where(_seen(score), -torch.inf).amax(-1)
+    weight = exponential((score - top[..., None]) * _float32(scale)).where(_seen(score), 0.0)
+    total = row_sums(weight.flatten(0, -2)).view(top.shape)
+    inverse = torch.ones_like(total) / total
+    out = sum_of_products(weight * inverse[..., None], v)
+    return _ungrouped(out), top.flatten(1, 2), inverse.flatten(1, 2)
+
+
+def causal_attention_backward(
+    dout: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    top: Tensor,
+    inverse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value; those of a key's or value's sum over heads, then over queries."""
+    q, k, v, d, o = (_grouped(x, key.shape[2]) for x in (query, key, value, dout, out))
+    score, dweight = sum_of_products(q, k.mT), sum_of_products(d, v.mT)
+    top, inverse = (x.view(score.shape[:-1])[..., None] for x in (top, inverse))
+    weight = exponential((score - top) * _float32(scale)) * inverse
+    delta = row_sums((d * o).flatten(0, -2)).view(top.shape)
+    dscore = ((weight * (dweight - delta)) * _float32(scale)).where(_seen(score), 0.0)
+    weight = weight.where(_seen(score), 0.0)
+    dquery = sum_of_products(dscore, k)
+    # The heads that share keys follow each other as if they were one longer sequence of queries.
+    dscore, weight, q, d = (x.flatten(2, 3) for x in (dscore, weight, q, d))
+    dkey, dvalue = sum_of_products(dscore.mT, q), sum_of_products(weight.mT, d)
+    return _ungrouped(dquery), _ungrouped(dkey[:, :, None]), _ungrouped(dvalue[:, :, None])
+
+
+def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
+    """Product [..., i, n] x [..., n, j] whose elements start at zero and take `fma` for n = 0, 1, 2, ..."""
+    total = torch.zeros(torch.broadcast_shapes(a[..., :1].shape, b[..., :1, :].shape), device=a.device)
+    for n in range(a.shape[-1]):
+        total = fma(a[..., n, None], b[..., n, None, :], total)
+    return total
+
+
+def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """a * b + c of `float32` numbers, rounded once, as the instruction does.
+
+    The product is exact in float64, and the sum is rounded there to odd: where it is not exact, its last bit
+    is set. Then the second rounding, to float32, can't meet a tie that is none (Boldo and Melquiond, 2008).
+    """
+    product, addend = a.double() * b.double(), c.double()
+    total = product + addend
+    rest = total - product
+    error = (product - (total - rest)) + (addend - rest)
+    bits = total.view(torch.int64)
+    even = (bits & 1 == 0) & (error != 0) & total.isfinite()
+    away = torch.where((error > 0) == (total > 0), 1, -1)
+    return torch.where(even, bits + away, bits).view(torch.float64).float()
+
+
+def _grouped(x: Tensor, kv_heads: int) -> Tensor:
+    """[batch, positions, heads, width] to [batch, kv_heads, heads / kv_heads, positions, width]."""
+    return x.transpose(1, 2).unflatten(1, (kv_heads, -1))
+
+
+def _ungrouped(x: Tensor) -> Tensor:
+    """The way back."""
+    return x.flatten(1, 2).transpose(1, 2).contiguous()
+
+
+def _seen(score: Tensor) -> Tensor:
+    """Which keys a query sees."""
+    return torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device).tril()
+
+
+def _float32(x: float) -> float:
+    """The nearest float32 number, which is what a kernel gets."""
+    return float(torch.tensor(x, dtype=torch.float32))
+
+
 def _quantize(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     x = x.float()
     if x.numel() == 0:

@@ -234,7 +234,7 @@ class TrainConfig(Section):
         activation_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
         gradient_release: Update each weight inside the backward pass, so that one gradient lives at a time.
         compile: Run the decoder layers through `torch.compile`, see `dqt.train.compiled`.
-        fused: Norms, SwiGLU and rotary embedding in one pass each; low-bit methods only, and not `paper`.
+        fused: Norms, SwiGLU, rotary embedding, attention in one pass each; low-bit methods, but not `paper`.
         give_back_memory: Return freed memory to the system at once: less memory, more time; see `allocator`.
         memory_limit: Size that the run must fit into, as in "16GB"; None is what the system has available.
         seed: Of weights, order of data, and rounding.

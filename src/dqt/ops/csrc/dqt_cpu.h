@@ -3,7 +3,7 @@
 // No torch headers, no exceptions across the boundary: Python checks shapes and types and passes pointers, and every
 // kernel returns 0, or says with a status that it did nothing. All matrices are row-major and contiguous. Every result
 // is bitwise the same for any number of threads and any instruction set, and the same as dqt/ops/reference.py: floats
-// are never contracted (-ffp-contract=off), division and square root are IEEE, and sums have a fixed order.
+// are never contracted (-ffp-contract=off; attention asks for its multiply-adds by name), division and square root are IEEE, and sums have a fixed order.
 #pragma once
 #include <cstdint>
 
@@ -50,6 +50,17 @@ struct DqtUpdate {
   float beta1, weight1, beta2, weight2, root_factor, eps;
 };
 
+// Causal attention; the second half is for the backward pass only.
+struct DqtAttention {
+  const float *query, *key, *value;  // [batch, positions, heads, width]; the last two with kv_heads
+  float *out;                        // as query
+  float *top, *inverse;              // [batch, heads, positions]: the largest score, 1 / (sum of weights)
+  std::int64_t batch, positions, heads, kv_heads, width;
+  float scale;
+  const float *dout;
+  float *dquery, *dkey, *dvalue;
+};
+
 struct DqtKernels {
   void (*quantize_rows)(const float* x, std::int64_t columns, std::int64_t begin, std::int64_t end,
                         std::int8_t* q, float* scale);
@@ -84,5 +95,8 @@ struct DqtKernels {
                           float* dgate, float* dup);
   void (*rotary)(const float* x, const float* cos, const float* sin, std::int64_t heads, std::int64_t width,
                  std::int64_t positions, int transposed, std::int64_t begin, std::int64_t end, float* y);
+  std::int64_t (*attention_scratch)(const DqtAttention* args);  // floats a thread needs
+  void (*attention)(const DqtAttention* args, std::int64_t begin, std::int64_t end, float* scratch);
+  void (*attention_backward)(const DqtAttention* args, std::int64_t begin, std::int64_t end, float* scratch);
 };
 }

@@ -35,7 +35,7 @@ const DqtKernels* find(const char* name) {
   }
 #ifdef DQT_X86
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (std::strcmp(name, "amx") == 0 && avx512 && dqt_gemm_select("amx") == 0) {
@@ -78,6 +78,25 @@ int over_rows(std::int64_t rows, std::int64_t columns, const Body& body) {
   return kOk;
 }
 
+// Spreads the batch * kv_heads heads of keys over threads, each with scratch memory of its own.
+int over_heads(const DqtAttention& a, void (*kernel)(const DqtAttention*, std::int64_t, std::int64_t, float*)) {
+  const std::int64_t units = a.batch * a.kv_heads;
+  const std::int64_t parts = std::min<std::int64_t>({units, dqt::threads.count, dqt::kMaxParts});
+  const std::int64_t each = kernels->attention_scratch(&a);
+  const std::unique_ptr<float[]> scratch(new (std::nothrow) float[each * parts]);
+  if (!scratch) return kNoMemory;
+  dqt::parallel_for(units, 1, [&](std::int64_t begin, std::int64_t end, int part) {
+    kernel(&a, begin, end, scratch.get() + part * each);
+  });
+  return kOk;
+}
+
+bool attends(std::int64_t rows, std::int64_t width, std::int64_t positions, std::int64_t heads, std::int64_t kv_heads) {
+  return fits(rows, width) && rows > 0 && width > 0 && positions > 0 && heads > 0 && kv_heads > 0 &&
+         heads % kv_heads == 0 && fits(positions, heads) && rows % (positions * heads) == 0 &&
+         fits(positions + 64, 8 * (width + 64));
+}
+
 template <class Body>
 int over_columns(std::int64_t rows, std::int64_t columns, const Body& body) {
   if (!kernels) return kNotSelected;
@@ -91,7 +110,7 @@ int over_columns(std::int64_t rows, std::int64_t columns, const Body& body) {
 extern "C" {
 
 // Version of this interface; Python refuses a library of another one.
-int dqt_interface_version() { return 5; }
+int dqt_interface_version() { return 6; }
 
 // Chooses "amx" (avx512 with another integer product), "avx512", "avx2" or "portable". Returns 0, or 1 if this CPU or build lacks it.
 int dqt_select(const char* name) {
@@ -278,6 +297,28 @@ int dqt_rotary(std::int64_t rows, std::int64_t width, const float* x, const floa
   return over_rows(rows / heads, heads * width, [&](std::int64_t begin, std::int64_t end) {
     kernels->rotary(x, cos, sin, heads, width, positions, transposed != 0, begin, end, y);
   });
+}
+
+// query [rows, width], in the order batch, positions, heads.
+int dqt_causal_attention(std::int64_t rows, std::int64_t width, const float* query, const float* key,
+                         const float* value, std::int64_t positions, std::int64_t heads, std::int64_t kv_heads,
+                         double scale, float* out, float* top, float* inverse) {
+  if (!attends(rows, width, positions, heads, kv_heads)) return kBadSize;
+  if (!kernels) return kNotSelected;
+  DqtAttention a{query, key, value, out, top, inverse, rows / (positions * heads), positions, heads, kv_heads, width,
+                 static_cast<float>(scale), nullptr, nullptr, nullptr, nullptr};
+  return over_heads(a, kernels->attention);
+}
+
+int dqt_causal_attention_backward(std::int64_t rows, std::int64_t width, const float* dout, const float* query,
+                                  const float* key, const float* value, float* out, float* top, float* inverse,
+                                  std::int64_t positions, std::int64_t heads, std::int64_t kv_heads, double scale,
+                                  float* dquery, float* dkey, float* dvalue) {
+  if (!attends(rows, width, positions, heads, kv_heads)) return kBadSize;
+  if (!kernels) return kNotSelected;
+  DqtAttention a{query, key, value, out, top, inverse, rows / (positions * heads), positions, heads, kv_heads, width,
+                 static_cast<float>(scale), dout, dquery, dkey, dvalue};
+  return over_heads(a, kernels->attention_backward);
 }
 
 int dqt_update(DqtUpdate* args) {
