@@ -31,6 +31,9 @@ METHODS: list[dict[str, Any]] = [
     {"quant__bits": "ternary", "quant__rules": {"*.mlp.*": "3"}, "quant__embeddings": 8},
     {"quant__bits": "3", "quant__per_row": True, "model__arch": "bitnet"},
     {"quant__bits": "4", "quant__method": "paper", "optim__warmup_steps": 2},
+    {"quant__bits": "8", "optim__first_moment": "fp8", "optim__second_moment": "fp8"},
+    {"quant__bits": "8", "optim__name": "adafactor", "optim__betas": [0.9, 0.95]},
+    {"quant__bits": "4", "optim__name": "sgd", "optim__first_moment": "bf16"},
     {"quant__method": "fp32", "train__activation_checkpointing": True},
     {"quant__method": "bitnet"},
 ]

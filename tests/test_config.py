@@ -9,7 +9,7 @@ import pytest
 
 from dqt.errors import ConfigError
 from dqt.models import PRESETS
-from dqt.recipes import METHODS
+from dqt.recipe import METHODS, OPTIMIZERS
 from dqt.train.config import Config, resolve
 from dqt.train.sections import TRAINING_DEFAULTS
 
@@ -75,13 +75,15 @@ REFUSED_TOGETHER = [
     ({"quant.scale_rule": "gausian"}, "gaussian"),
     ({"quant.forward": "int4"}, "int4"),
     ({"optim.second_moment": "half"}, "second_moment"),
+    ({"optim.name": "adam"}, "did you mean 'adamw'"),
+    ({"optim.name": "sgd", "optim.second_moment": "full"}, "SGD has no second moment"),
 ]
 
 
 @pytest.mark.parametrize(("values", "part"), REFUSED_TOGETHER)
 def test_settings_that_do_not_go_together(values: dict[str, Any], part: str) -> None:
     with pytest.raises(ConfigError, match=part):
-        resolve(Config().override(values))
+        Config().override(values)
 
 
 @pytest.mark.parametrize("method", [None, *METHODS])
@@ -94,7 +96,7 @@ def test_resolving_fills_everything_and_survives_toml(preset: str, method: str |
     assert Config.from_dict(config.to_dict()) == config
     assert resolve(config) == config
     assert config.recipe() == given.recipe().__class__(
-        **{**vars(given.recipe()), "warmup_steps": config.optim.warmup_steps}
+        **{**vars(given.recipe()), "warmup_steps": config.optim.warmup_steps, "lr": config.optim.lr}
     )
     left_open = {
         f"{name}.{key}"
@@ -140,6 +142,15 @@ def test_override_wins_and_none_leaves_alone() -> None:
     assert (config.train.steps, config.quant.bits) == (9, "4")
     with pytest.raises(ConfigError, match="did you mean 'steps'"):
         config.override({"train.step": 1})
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_resolves_with_and_without_release(name: str) -> None:
+    for release in (False, True):
+        config = resolve(Config().override({"optim.name": name, "train.gradient_release": release}))
+        assert resolve(config) == config
+        assert config.recipe().optimizer == name
+        assert config.recipe().clip_update == (name != "sgd" and (release or name == "adafactor"))
 
 
 def test_settings_reach_the_recipe() -> None:

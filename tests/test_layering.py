@@ -27,6 +27,7 @@ LAYERS = (
     "quantize",
     "optim",
     "baselines",
+    "recipe",
     "recipes",
     "models",
     "data",

@@ -13,8 +13,17 @@ from torch import nn
 from dqt.errors import ConfigError
 from dqt.numerics.formats import FORMATS
 from dqt.numerics.scales import default_scale_rule
-from dqt.optim import AdamW, PaperAdamW
-from dqt.recipes import METHODS, Recipe, autocast, build_optimizer, prepare_model_, recipe_for
+from dqt.optim import SGD, Adafactor, AdamW, PaperAdafactor, PaperAdamW
+from dqt.recipes import (
+    LR_WIDTH,
+    METHODS,
+    Recipe,
+    autocast,
+    build_optimizer,
+    lr_rule,
+    prepare_model_,
+    recipe_for,
+)
 from dqt.tensor import QuantizedTensor
 
 
@@ -51,7 +60,8 @@ def test_every_method_has_a_recipe_for_its_bits(method: str) -> None:
         recipe = recipe_for(method, bits)
         assert (recipe.method, recipe.bits) == (method, bits)
         assert recipe.quantized is (method in ("strict", "residual", "paper"))
-        assert recipe.lr > 0
+        assert (recipe.lr == 5e-4) if method == "paper" else (recipe.lr is None)
+        assert lr_rule(recipe, LR_WIDTH) > 0
         assert recipe == recipe_for(method, bits)
         assert dataclasses.replace(recipe, lr=0.1) == recipe_for(method, bits, lr=0.1)
 
@@ -70,6 +80,19 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": "residual", "residual_bits": 9}, "residual_bits=9 is not one of"),
     ({"method": "residual", "hysteresis": 0.5}, "hysteresis=0.5 must be in"),
     ({"second_moment": "factord"}, "did you mean 'factored'"),
+    ({"optimizer": "adam"}, "did you mean 'adamw'"),
+    (
+        {"optimizer": "adafactor", "second_moment": "full"},
+        "is factored, not second_moment=full",
+    ),
+    ({"optimizer": "sgd", "float_second_moment": "int8"}, "no float_second_moment=int8: leave it out"),
+    ({"optimizer": "sgd", "clip_update": 1.0}, "no running square"),
+    ({"second_moment": "none"}, "needs optimizer sgd"),
+    ({"first_moment": "int8"}, "first_moment=int8 keeps nothing where the first of the betas is 0"),
+    ({"method": "fp32", "float_betas": (0.0, 0.9), "float_first_moment": "fp8"}, "float_first_moment=fp8"),
+    ({"method": "paper", "second_moment": "factored"}, "use optimizer adafactor"),
+    ({"method": "paper", "optimizer": "sgd"}, "use optimizer adamw or adafactor"),
+    ({"method": "paper", "residual_bits": 8}, "needs method residual"),
     ({"scale_rule": "absmeen"}, "did you mean 'absmean'"),
     ({"rounding": "neerest"}, "did you mean 'nearest'"),
     ({"method": "paper", "bits": 1}, "use bits ternary, or method strict"),
@@ -161,10 +184,88 @@ def test_float_methods_treat_linear_weights_as_others_treat_low_bit_ones() -> No
         ("embed.weight", "lm_head.weight"): ((0.9, 0.95), 0.1, "full"),
         ("up.bias", "norm.weight"): ((0.9, 0.95), 0.0, "full"),
     }
-    assert all(group["lr"] == recipe.lr for group in optimizer.param_groups)
+    # 8 is what the first linear layer of the model takes.
+    assert all(group["lr"] == lr_rule(recipe, 8) for group in optimizer.param_groups)
 
 
 def test_autocast_is_for_bf16_only() -> None:
     for method in METHODS:
         context = autocast(recipe_for(method), "cpu")
         assert isinstance(context, torch.autocast if method == "bf16" else contextlib.nullcontext)
+
+
+# method, optimizer, settings -> class, groups' settings of low-bit and of float matrices
+OPTIMIZERS: list[tuple[str, str, dict[str, Any], type, dict[str, Any], dict[str, Any]]] = [
+    (
+        "residual",
+        "adamw",
+        {},
+        AdamW,
+        {"betas": (0.0, 0.95), "second_moment": "factored"},
+        {"second_moment": "full"},
+    ),
+    ("residual", "adamw", {"betas": (0.8, 0.9), "first_moment": "none"}, AdamW, {"first_moment": "none"}, {}),
+    ("strict", "adamw", {"second_moment": "fp8"}, AdamW, {"second_moment": "fp8"}, {"second_moment": "full"}),
+    (
+        "strict",
+        "adafactor",
+        {"clip_update": 0.0},
+        Adafactor,
+        {"beta1": 0.0, "relative_step": True, "scale_parameter": True, "clip_threshold": 0.0},
+        {"beta1": 0.0},
+    ),
+    (
+        "residual",
+        "adafactor",
+        {"betas": (0.9, 0.95), "first_moment": "bf16"},
+        Adafactor,
+        {"beta1": 0.9, "first_moment": "bf16", "clip_threshold": 1.0},
+        {"beta1": 0.0},
+    ),
+    ("strict", "sgd", {}, SGD, {"momentum": 0.9}, {"momentum": 0.9}),
+    ("fp32", "adafactor", {}, Adafactor, {}, {"second_moment": "factored", "lr": 1e-2}),
+    (
+        "paper",
+        "adafactor",
+        {},
+        PaperAdafactor,
+        {"lr": 5e-4, "relative_step": False, "weight_decay": 0.01},
+        {},
+    ),
+    ("paper", "adamw", {"first_moment": "fp8"}, PaperAdamW, {"first_moment": "fp8", "eps": 1e-6}, {}),
+]
+
+
+@pytest.mark.parametrize(("method", "name", "settings", "kind", "low_bit", "plain"), OPTIMIZERS)
+def test_optimizers(
+    method: str,
+    name: str,
+    settings: dict[str, Any],
+    kind: type,
+    low_bit: dict[str, Any],
+    plain: dict[str, Any],
+) -> None:
+    model = Toy(bias=False)
+    recipe = recipe_for(method, None, optimizer=name, **settings)
+    prepare_model_(model, recipe)
+    optimizer = build_optimizer(model, recipe)
+    assert type(optimizer) is kind
+    for parameter, expected in (("up.weight", low_bit), ("embed.weight", plain)):
+        (group,) = [group for group in optimizer.param_groups if parameter in group["param_names"]]
+        assert {key: group[key] for key in expected} == expected
+    for parameter in model.parameters():
+        parameter.grad = torch.ones(parameter.shape)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    optimizer.step()
+    assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_learning_rate_falls_with_the_root_of_the_width() -> None:
+    for method in ("residual", "strict", "fp32", "bitnet"):
+        recipe = recipe_for(method)
+        assert lr_rule(recipe, 4 * LR_WIDTH) == pytest.approx(lr_rule(recipe, LR_WIDTH) / 2)
+    assert lr_rule(recipe_for("residual"), LR_WIDTH) == 4e-3
+    adafactor = recipe_for("strict", optimizer="adafactor")  # its rate is relative to the weight
+    assert lr_rule(adafactor, 4 * LR_WIDTH) == lr_rule(adafactor, LR_WIDTH)

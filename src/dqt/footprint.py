@@ -24,6 +24,7 @@ from functools import cached_property
 
 from dqt.numerics.formats import Format, parse_bits
 from dqt.numerics.packing import packed_size
+from dqt.optim.moments import BLOCK
 from dqt.recipes import Recipe
 from dqt.tensor import FLOAT_BLOCK
 from dqt.train.config import Config, required
@@ -81,16 +82,16 @@ class Weight:
     def state(self, recipe: Recipe) -> int:
         """Bytes of its optimizer state."""
         low_bit = self.format is not None
-        main = low_bit or (self.kind == "linear" and not recipe.quantized)
-        betas = recipe.betas if main else recipe.float_betas
-        first = recipe.first_moment if main else recipe.float_first_moment
+        main = low_bit or recipe.method == "paper" or (self.kind == "linear" and not recipe.quantized)
+        first = recipe.first_moments[not main]
         second = recipe.second_moment if main else recipe.float_second_moment
         if len(self.shape) < 2:  # a vector keeps float32
-            first, second = "fp32", "full"
-        blocks = 4 * self.rows * -(-self.shape[-1] // 128)  # scales of an int8 moment
-        bytes_of = {"fp32": 4 * self.count, "full": 4 * self.count, "bf16": 2 * self.count}
-        bytes_of |= {"int8": self.count + blocks, "factored": 4 * (self.rows + self.shape[-1])}
-        total = (bytes_of[first] if betas[0] else 0) + bytes_of[second]
+            first, second = ("none" if kind == "none" else "fp32" for kind in (first, second))
+        blocks = 4 * self.rows * -(-self.shape[-1] // BLOCK)  # scales of codes
+        bytes_of = {"none": 0, "fp32": 4 * self.count, "full": 4 * self.count, "bf16": 2 * self.count}
+        bytes_of |= dict.fromkeys(("int8", "fp8"), self.count + blocks)
+        bytes_of["factored"] = 4 * (self.rows + self.shape[-1])
+        total = bytes_of[first] + bytes_of[second]
         if low_bit and recipe.residual_bits == 16:
             total += 2 * self.count
         elif low_bit and recipe.residual_bits:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,123 +22,14 @@ from torch import nn
 
 from dqt.baselines import bitnet_
 from dqt.errors import ConfigError, did_you_mean
-from dqt.numerics.formats import parse_bits
-from dqt.numerics.rounding import ROUNDINGS
-from dqt.numerics.scales import SCALE_RULES
-from dqt.optim import AdamW, PaperAdamW
+from dqt.numerics.formats import Format, parse_bits
+from dqt.optim import SGD, Adafactor, AdamW, PaperAdafactor, PaperAdamW
 from dqt.optim.base import QuantizedOptimizer
-from dqt.optim.moments import FIRST_MOMENTS, SECOND_MOMENTS
-from dqt.optim.writeback import DEFAULT_HYSTERESIS, check_residual
 from dqt.quantize import QuantizeReport, Rule, linear_modules, quantize_
+from dqt.recipe import FLOAT_METHODS, METHODS, Recipe
 from dqt.tensor import Products, QuantizedTensor
 
-METHODS = ("strict", "residual", "paper", "fp32", "bf16", "bitnet")
-FLOAT_METHODS = ("fp32", "bf16", "bitnet")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that defines a method but the model, the data and the length of the run.
-
-    Attributes:
-        method: One of `METHODS`.
-        bits: Name of the format of linear weights; None for the float methods.
-        lr: Peak learning rate.
-        warmup_steps: Steps of linear warm-up; None means a tenth of the run.
-        schedule: Decay after it: "cosine", "linear" or "wsd".
-        grad_clip: Global gradient norm to clip to; 0 does not clip.
-        clip_update: Clip of each tensor's step, see `AdamW`; 0 does not clip.
-        betas: Moment decay of low-bit weights, or of the layers' linear weights where the method is a float
-            one; a first one of 0 keeps no first moment.
-        float_betas: Moment decay of all other parameters.
-        eps: Of the optimizer.
-        weight_decay: Decoupled, on low-bit weights (on everything for `paper`), and on the float matrices of
-            the float methods.
-        init_gain: Standard deviation of new linear weights times the root of their inputs; None leaves the
-            model's own initialization.
-        scale_rule: How the grid step is set at the start; None is the default of each weight's format.
-        headroom: Factor on the rule's scale.
-        per_row: One scale a row.
-        frozen_scale: Keep the scale of the start; only `paper` can do without.
-        residual_bits: k, 0 is strict.
-        hysteresis: h, in grid steps.
-        second_moment: Of what `betas` is for: "full", "int8" or "factored".
-        first_moment: Of the same: "fp32", "bf16" or "int8".
-        float_first_moment: Of all other matrices.
-        float_second_moment: Of all other matrices.
-        rounding: Of the write-back.
-        products: Which products are integer.
-    """
-
-    method: str
-    bits: str | None
-    lr: float
-    warmup_steps: int | None = None
-    schedule: str = "cosine"
-    grad_clip: float = 1.0
-    clip_update: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    float_betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    init_gain: float | None = None
-    scale_rule: str | None = None
-    headroom: float = 1.0
-    per_row: bool = False
-    frozen_scale: bool = True
-    residual_bits: int = 0
-    hysteresis: float = DEFAULT_HYSTERESIS
-    second_moment: str = "full"
-    first_moment: str = "fp32"
-    float_first_moment: str = "fp32"
-    float_second_moment: str = "full"
-    rounding: str = "stochastic"
-    products: Products = field(default_factory=Products)
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ConfigError(f"unknown method {self.method!r}; {did_you_mean(self.method, METHODS)}")
-        check_residual(self.residual_bits, self.hysteresis)
-        if self.method == "strict" and self.residual_bits:
-            raise ConfigError(
-                f"method strict keeps no residual: residual_bits={self.residual_bits} needs method residual"
-            )
-        if self.method == "residual" and not self.residual_bits:
-            raise ConfigError(
-                "method residual needs residual_bits of 2 to 8 or 16; with 0 it is method strict"
-            )
-        if self.method == "paper" and self.clip_update:
-            raise ConfigError("method paper has no clip_update: it is the published step")
-        if not self.frozen_scale and self.method != "paper":
-            raise ConfigError(
-                f"method {self.method} has no scale to recompute: frozen_scale = false is for method paper"
-            )
-        if self.init_gain is not None and not 0 < self.init_gain <= 100:
-            raise ConfigError(f"init_gain={self.init_gain} must be above 0, and 100 at the most")
-        if self.method == "paper" and self.bits == "1":
-            raise ConfigError(
-                "method paper has no 1-bit format, its grid contains zero: use bits ternary, or method strict"
-            )
-        for key, names in (
-            ("second_moment", SECOND_MOMENTS),
-            ("float_second_moment", SECOND_MOMENTS),
-            ("first_moment", FIRST_MOMENTS),
-            ("float_first_moment", FIRST_MOMENTS),
-            ("scale_rule", (None, *SCALE_RULES)),
-            ("rounding", ROUNDINGS),
-        ):
-            if (value := getattr(self, key)) not in names:
-                raise ConfigError(f"unknown {key} {value!r}; {did_you_mean(value, filter(None, names))}")
-
-    @property
-    def quantized(self) -> bool:
-        """Whether weights are low-bit integers between steps."""
-        return self.method not in FLOAT_METHODS
-
-    @property
-    def fusible(self) -> bool:
-        """Whether `dqt.fuse_` is for it: baselines and `paper` run the layers that people run."""
-        return self.quantized and self.method != "paper"
+__all__ = ["METHODS", "Recipe", "autocast", "build_optimizer", "lr_rule", "prepare_model_", "recipe_for"]
 
 
 def recipe_for(method: str | None = None, bits: str | int | None = None, **overrides: Any) -> Recipe:
@@ -161,40 +51,13 @@ def recipe_for(method: str | None = None, bits: str | int | None = None, **overr
             raise ConfigError(
                 f"method {method} has no --bits {bits}: leave bits out, or use method strict or residual"
             )
-        return replace(_FLOAT_RECIPES[method], **overrides)
-    fmt = parse_bits("ternary" if bits is None else bits)
-    method = method or ("strict" if fmt.bits >= 5 else "residual")
-    recipe = _LOW_BIT_RECIPES[method](fmt.name)
-    return replace(recipe, **overrides)
-
-
-def _strict(bits: str) -> Recipe:
-    # From 4 bits on the model's own small weights have room to grow on a grid coarser than the least-error
-    # one, at the price of its rounding noise. 8 bits against FP32 of the same seed, two seeds (micro, 1.5M
-    # tokens, lr 2.5e-3): headroom 3 +0.029, +0.026 nats; 2 +0.006, +0.016; 1.5 +0.004 (one seed).
-    wide = parse_bits(bits).bits >= 4
-    return Recipe(
-        method="strict",
-        bits=bits,
-        lr=2.5e-3 if wide else 1e-3,
-        init_gain=None if wide else _LOW_BIT_INIT_GAIN,
-        headroom=2.0 if wide else 1.0,
-    )
-
-
-def _residual(bits: str) -> Recipe:
-    return Recipe(
-        method="residual",
-        bits=bits,
-        # 4e-3 is best at width 128 (2.451, 2.386, 2.417 nats at 2.5e-3, 4e-3, 6e-3). Lower here because the
-        # grid step falls as 1/sqrt(width); that the best rate does too is a guess, not a measurement.
-        lr=3e-3,
-        # No first moment: 2.413 nats at 4e-3; beta1 = 0.9 at half the rate 2.561 (one seed, not tuned).
-        betas=(0.0, 0.95),
-        init_gain=_LOW_BIT_INIT_GAIN if parse_bits(bits).bits <= 2 else 1.0,
-        residual_bits=8,  # ternary: k = 8: 1.865, 6: 1.911, 4: 2.083
-        second_moment="factored",  # ternary 1.865 against 1.876 with the full one
-    )
+        defaults: dict[str, Any] = {"method": method, "bits": None}
+    else:
+        fmt = parse_bits("ternary" if bits is None else bits)
+        method = method or ("strict" if fmt.bits >= 5 else "residual")
+        defaults = {"method": method, "bits": fmt.name, **_LOW_BIT[method](fmt)}
+    defaults |= _OPTIMIZERS.get(overrides.get("optimizer", "adamw"), {})
+    return Recipe(**{**defaults, **overrides})
 
 
 # A ternary weight can't grow beyond its frozen scale, so it must start as long as float weights would become.
@@ -203,23 +66,87 @@ def _residual(bits: str) -> Recipe:
 _LOW_BIT_INIT_GAIN = 1.5
 
 
-def _paper(bits: str) -> Recipe:
-    return Recipe(
-        method="paper",
-        bits=bits,
-        lr=5e-4,
-        warmup_steps=2000,
-        betas=(0.9, 0.999),
-        eps=1e-6,
-        weight_decay=0.01,
-        scale_rule="paper",
-        frozen_scale=False,
-        products=Products(forward="int8", grad_input="float", grad_weight="float"),
-    )
+def _strict(fmt: Format) -> dict[str, Any]:
+    # From 4 bits on the model's own small weights have room to grow on a grid coarser than the least-error
+    # one, at the price of its rounding noise. 8 bits against FP32 of the same seed, two seeds (micro, 1.5M
+    # tokens, lr 2.5e-3): headroom 3 +0.029, +0.026 nats; 2 +0.006, +0.016; 1.5 +0.004 (one seed).
+    wide = fmt.bits >= 4
+    return {"init_gain": None if wide else _LOW_BIT_INIT_GAIN, "headroom": 2.0 if wide else 1.0}
 
 
-_LOW_BIT_RECIPES = {"strict": _strict, "residual": _residual, "paper": _paper}
-_FLOAT_RECIPES = {method: Recipe(method=method, bits=None, lr=2.5e-3) for method in FLOAT_METHODS}
+def _residual(fmt: Format) -> dict[str, Any]:
+    return {
+        # No first moment: 2.413 nats at 4e-3; beta1 = 0.9 at half the rate 2.561 (one seed, not tuned).
+        "betas": (0.0, 0.95),
+        "init_gain": _LOW_BIT_INIT_GAIN if fmt.bits <= 2 else 1.0,
+        "residual_bits": 8,  # ternary: k = 8: 1.865, 6: 1.911, 4: 2.083
+        "second_moment": "factored",  # ternary 1.865 against 1.876 with the full one
+    }
+
+
+def _paper(fmt: Format) -> dict[str, Any]:
+    return {
+        "lr": 5e-4,
+        "warmup_steps": 2000,
+        "betas": (0.9, 0.999),
+        "eps": 1e-6,
+        "weight_decay": 0.01,
+        "scale_rule": "paper",
+        "frozen_scale": False,
+        "products": Products(forward="int8", grad_input="float", grad_weight="float"),
+    }
+
+
+_LOW_BIT = {"strict": _strict, "residual": _residual, "paper": _paper}
+
+# What an optimizer changes in every recipe. Adafactor as published has no first moment and clips its updates.
+_OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adafactor": {
+        **dict.fromkeys(("second_moment", "float_second_moment"), "factored"),
+        **dict.fromkeys(("betas", "float_betas"), (0.0, 0.95)),
+        "clip_update": 1.0,
+    },
+    "sgd": {
+        **dict.fromkeys(("second_moment", "float_second_moment"), "none"),
+        **dict.fromkeys(("betas", "float_betas"), (0.9, 0.95)),
+    },
+}
+
+# The best of three learning rates, micro, 1.5M tokens, one seed; nats at each rate:
+#   fp32       1.25e-3 2.325, 2.5e-3 2.270, 5e-3 2.320     strict 8   1.25e-3 2.349, 2.5e-3 2.271, 5e-3 2.316
+#   bitnet      1.5e-3 2.524,   3e-3 2.446, 6e-3 2.466     strict 4    2.5e-3 2.397,   5e-3 2.379, 1e-2 2.511
+#   residual ternary        2.5e-3 2.451, 4e-3 2.386, 6e-3 2.417
+# Others take the nearest of these; strict below 4 bits, Adafactor and SGD are guesses.
+LR_WIDTH = 128
+"""The width at which the learning rates were measured, and the only one."""
+
+LR_WIDTH_EXPONENT = 0.5
+"""How rates fall with the width: as the grid step of a weight that starts at gain / sqrt(width). A guess."""
+
+
+def lr_rule(recipe: Recipe, width: int) -> float:
+    """The default learning rate of a recipe for a model of a width.
+
+    The rate at the width where it was measured, times (LR_WIDTH / width) ** LR_WIDTH_EXPONENT; but for
+    Adafactor's, which is relative to the size of a weight. `paper` has its published one.
+    """
+    if recipe.optimizer == "adafactor":
+        return 1e-2
+    rate = _lr_at_measured_width(recipe) * (100 if recipe.optimizer == "sgd" else 1)
+    return rate * (LR_WIDTH / width) ** LR_WIDTH_EXPONENT
+
+
+def _lr_at_measured_width(recipe: Recipe) -> float:
+    match recipe.method:
+        case "residual":
+            return 4e-3
+        case "bitnet":
+            return 3e-3
+        case "strict" if recipe.bits in ("1", "ternary", "2", "3"):
+            return 1e-3
+        case "strict" if recipe.bits == "4":
+            return 5e-3
+    return 2.5e-3
 
 
 def prepare_model_(
@@ -269,43 +196,64 @@ def build_optimizer(
 
     The linear weights of a float method are the counterpart of low-bit ones, so that two methods can be
     compared with equal moments.
+
+    Args:
+        model: As `prepare_model_` left it.
+        recipe: Which optimizer, and its settings.
+        lr: Learning rate; None takes the recipe's, or that of `lr_rule` for the model's width.
+        seed: Of the random rounding.
     """
-    lr = recipe.lr if lr is None else lr
+    lr = lr or recipe.lr or lr_rule(recipe, _width(model))
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if recipe.method == "paper":
-        frozen = recipe.frozen_scale
-        return PaperAdamW(
-            named, lr, recipe.betas, recipe.eps, recipe.weight_decay, seed=seed, frozen_scale=frozen
-        )
-    linear = set() if recipe.quantized else {id(module.weight) for _, module in linear_modules(model)}
-    main = [(n, p) for n, p in named if isinstance(p, QuantizedTensor) or id(p) in linear]
-    rest = [(n, p) for n, p in named if not isinstance(p, QuantizedTensor) and id(p) not in linear]
-    matrices = [(n, p) for n, p in rest if p.ndim >= 2]
-    vectors = [(n, p) for n, p in rest if p.ndim < 2]
-    plain = {
-        "betas": recipe.float_betas,
-        "first_moment": recipe.float_first_moment,
-        "second_moment": recipe.float_second_moment,
+    main = {"lr": lr, **_group(recipe, recipe.betas, recipe.first_moment, recipe.second_moment)}
+    main["weight_decay"] = recipe.weight_decay
+    options: dict[str, Any] = {
+        "seed": seed,
+        "residual_bits": recipe.residual_bits,
+        "hysteresis": recipe.hysteresis,
+        "rounding": recipe.rounding,
     }
-    groups: list[dict[str, Any]] = [
-        {"params": main},
-        {"params": matrices, **plain, "weight_decay": 0.0 if recipe.quantized else recipe.weight_decay},
-        {"params": vectors, **plain, "weight_decay": 0.0},
+    if recipe.method == "paper":
+        group: list[dict[str, Any]] = [{"params": named, **main}]
+        options["frozen_scale"] = recipe.frozen_scale
+        if recipe.optimizer == "adafactor":
+            return PaperAdafactor(group, clip_threshold=recipe.clip_update, **options)
+        return PaperAdamW(group, eps=recipe.eps, **options)
+    linear = set() if recipe.quantized else {id(module.weight) for _, module in linear_modules(model)}
+    is_main = {name: isinstance(p, QuantizedTensor) or id(p) in linear for name, p in named}
+    plain = _group(recipe, recipe.float_betas, recipe.float_first_moment, recipe.float_second_moment)
+    plain |= {"lr": lr, "weight_decay": 0.0}
+    decayed = {**plain, "weight_decay": 0.0 if recipe.quantized else recipe.weight_decay}
+    groups = [
+        {"params": [(n, p) for n, p in named if is_main[n]], **main},
+        {"params": [(n, p) for n, p in named if not is_main[n] and p.ndim >= 2], **decayed},
+        {"params": [(n, p) for n, p in named if not is_main[n] and p.ndim < 2], **plain},
     ]
-    return AdamW(
-        [group for group in groups if group["params"]],
-        lr,
-        recipe.betas,
-        recipe.eps,
-        recipe.weight_decay,
-        seed=seed,
-        residual_bits=recipe.residual_bits,
-        hysteresis=recipe.hysteresis,
-        second_moment=recipe.second_moment,
-        first_moment=recipe.first_moment,
-        rounding=recipe.rounding,
-        clip_update=recipe.clip_update,
-    )
+    groups = [group for group in groups if group["params"]]
+    match recipe.optimizer:
+        case "adafactor":
+            return Adafactor(groups, clip_threshold=recipe.clip_update, **options)
+        case "sgd":
+            return SGD(groups, **options)
+    return AdamW(groups, eps=recipe.eps, clip_update=recipe.clip_update, **options)
+
+
+def _group(recipe: Recipe, betas: tuple[float, float], first: str, second: str) -> dict[str, Any]:
+    """How an optimizer keeps its moments, under its own names."""
+    match recipe.optimizer:
+        case "adafactor":
+            return {"beta1": betas[0], "first_moment": first}
+        case "sgd":
+            return {"momentum": betas[0], "first_moment": first}
+    return {"betas": betas, "first_moment": first, "second_moment": second}
+
+
+def _width(model: nn.Module) -> int:
+    """The width that `lr_rule` takes: the config's, or the inputs of the first linear layer."""
+    config = getattr(model, "config", None)
+    if config is not None:
+        return int(config.hidden_size)
+    return next((m.in_features for m in model.modules() if isinstance(m, nn.Linear)), LR_WIDTH)
 
 
 def autocast(recipe: Recipe, device: str) -> contextlib.AbstractContextManager[Any]:

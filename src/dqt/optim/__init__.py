@@ -2,8 +2,8 @@
 
 from dqt.optim.adafactor import Adafactor
 from dqt.optim.adamw import AdamW
-from dqt.optim.paper import PaperAdamW
+from dqt.optim.paper import PaperAdafactor, PaperAdamW
 from dqt.optim.release import GradientRelease
 from dqt.optim.sgd import SGD
 
-__all__ = ["SGD", "Adafactor", "AdamW", "GradientRelease", "PaperAdamW"]
+__all__ = ["SGD", "Adafactor", "AdamW", "GradientRelease", "PaperAdafactor", "PaperAdamW"]

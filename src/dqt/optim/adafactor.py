@@ -37,7 +37,7 @@ class Adafactor(QuantizedOptimizer):
         named_parameters: `model.named_parameters()`, or groups whose "params" are (name, parameter) pairs.
         lr: Learning rate; None takes the relative step.
         eps: Added to squared gradients; least rms of a weight that scales its learning rate.
-        clip_threshold: Largest rms of an update before the learning rate.
+        clip_threshold: Largest rms of an update before the learning rate; 0 does not clip.
         decay_rate: Exponent of the second moment's decay, negative.
         beta1: Decay of the first moment; 0 keeps none.
         weight_decay: Decoupled weight decay.
@@ -77,8 +77,8 @@ class Adafactor(QuantizedOptimizer):
         super()._check_group(group)
         if not all(eps > 0.0 for eps in group["eps"]):
             raise ConfigError(f"eps={group['eps']} must be positive")
-        if not group["clip_threshold"] > 0.0:
-            raise ConfigError(f"clip_threshold={group['clip_threshold']} must be positive")
+        if not 0.0 <= group["clip_threshold"] < float("inf"):
+            raise ConfigError(f"clip_threshold={group['clip_threshold']} must be finite and not negative")
         if not group["decay_rate"] < 0.0:
             raise ConfigError(f"decay_rate={group['decay_rate']} must be negative")
         if not 0.0 <= group["beta1"] < 1.0:
@@ -86,11 +86,11 @@ class Adafactor(QuantizedOptimizer):
         if group["second_moment"] != "factored":
             raise ConfigError("Adafactor's second moment is factored; for another one use AdamW")
 
-    def first_beta(self, group: dict[str, Any]) -> float:
+    def decay_of_first(self, group: dict[str, Any]) -> float:
         return float(group["beta1"])
 
     def rule(self, parameter: Tensor, grad: Tensor, moments: Moments, group: dict[str, Any]) -> Rule:
-        step, beta1 = moments.state["step"], group["beta1"]
+        step, beta1 = moments.state["step"], self.first_beta(group)
         beta2 = 1.0 - step ** group["decay_rate"]
         if moments.second == "factored":
             moments.update_factors(self.mean_squares(parameter, grad), beta2, floor=group["eps"][0])
@@ -102,7 +102,8 @@ class Adafactor(QuantizedOptimizer):
         lr = min(group["lr"], 1 / math.sqrt(step)) if group["relative_step"] else group["lr"]
         if group["scale_parameter"]:
             lr *= max(group["eps"][1], rms_of_weight(parameter))
-        clipped = lr / max(1.0, rms / group["clip_threshold"])
+        limit = group["clip_threshold"]
+        clipped = lr / max(1.0, rms / limit) if limit else lr
         return Rule(
             lr=1.0 if beta1 else clipped,
             decay=lr * group["weight_decay"],

@@ -31,7 +31,7 @@ class AdamW(QuantizedOptimizer):
         betas: Decay of the first and second moment; a first one of 0 keeps no first moment.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled weight decay.
-        second_moment: "full", "int8" or "factored", of matrices; see `dqt.optim.moments`.
+        second_moment: "full", "bf16", "int8", "fp8" or "factored", of matrices; see `dqt.optim.moments`.
         clip_update: Limits each tensor's step: its direction is divided by what the gradient's root mean
             square, over the running one, has above this number; 0 does not clip. For gradient release, where
             the global norm can't be clipped.
@@ -65,12 +65,14 @@ class AdamW(QuantizedOptimizer):
             raise ConfigError(f"eps={group['eps']} must be positive")
         if not 0.0 <= group["clip_update"] < float("inf"):
             raise ConfigError(f"clip_update={group['clip_update']} must be finite and not negative")
+        if group["second_moment"] == "none":
+            raise ConfigError("AdamW divides by a second moment; for one without take SGD")
 
-    def first_beta(self, group: dict[str, Any]) -> float:
+    def decay_of_first(self, group: dict[str, Any]) -> float:
         return float(group["betas"][0])
 
     def rule(self, parameter: Tensor, grad: Tensor, moments: Moments, group: dict[str, Any]) -> Rule:
-        beta1, beta2 = group["betas"]
+        beta1, beta2 = self.first_beta(group), group["betas"][1]
         step = moments.state["step"]
         divisor = 1 - beta1**step
         squares = None

@@ -50,7 +50,8 @@ class Options(TypedDict, total=False):
             in grid steps.
         rounding: "stochastic", or "nearest" (which changes no code in strict low-bit training; for
             comparisons).
-        first_moment: How a first moment is kept: "fp32", "bf16" or "int8"; see `dqt.optim.moments`.
+        first_moment: How a first moment is kept: "none", "fp32", "bf16", "int8" or "fp8"; see
+            `dqt.optim.moments`.
     """
 
     seed: int
@@ -135,9 +136,13 @@ class QuantizedOptimizer(torch.optim.Optimizer):
 
     # -- the update rule, written by subclasses --------------------------------------------------------------
 
+    def decay_of_first(self, group: dict[str, Any]) -> float:
+        """The setting that is the decay of the first moment."""
+        raise NotImplementedError
+
     def first_beta(self, group: dict[str, Any]) -> float:
         """Decay of the first moment; 0 keeps none."""
-        raise NotImplementedError
+        return 0.0 if group["first_moment"] == "none" else self.decay_of_first(group)
 
     def rule(self, parameter: Tensor, grad: Tensor, moments: Moments, group: dict[str, Any]) -> Rule:
         """The rule of one parameter at the step `moments.state["step"]`.
@@ -263,10 +268,12 @@ class QuantizedOptimizer(torch.optim.Optimizer):
 
     def _moments(self, parameter: Tensor, group: dict[str, Any]) -> Moments:
         """The parameter's moments as its group keeps them; a vector is small, and keeps float32."""
-        first = group["first_moment"] if self.first_beta(group) else None
-        second = group.get("second_moment")
+        first = group["first_moment"] if self.first_beta(group) else "none"
+        second = group.get("second_moment", "none")
         if parameter.ndim < 2:
-            first, second = first and "fp32", second and "full"
+            first, second = (
+                "none" if kind == "none" else top for kind, top in ((first, "fp32"), (second, "full"))
+            )
         return Moments(self.state[parameter], first, second)
 
     def mean_squares(self, parameter: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:

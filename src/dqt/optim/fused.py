@@ -21,7 +21,8 @@ from dqt.optim.moments import Moments
 from dqt.optim.step import Step
 from dqt.tensor import QuantizedTensor
 
-_KINDS = {None: 0, "fp32": 1, "full": 1, "bf16": 2, "int8": 3, "factored": 4}
+_FIRST = {"none": 0, "fp32": 1, "bf16": 2, "int8": 3}
+_SECOND = {"none": 0, "full": 1, "int8": 3, "factored": 4}
 _TYPES = {1: torch.float32, 2: torch.bfloat16}
 
 
@@ -39,6 +40,8 @@ def update(step: Step, paper_scale: Tensor | None = None) -> bool:
     weight = parameter if isinstance(parameter, QuantizedTensor) else None
     lib = cpu.usable(weight.codes if weight is not None else parameter, grad)
     if lib is None or grad.dtype != torch.float32:
+        return False
+    if step.moments.first not in _FIRST or step.moments.second not in _SECOND:
         return False
     if weight is None and (parameter.dtype != torch.float32 or not parameter.is_contiguous()):
         return False
@@ -92,7 +95,7 @@ def update(step: Step, paper_scale: Tensor | None = None) -> bool:
 
 
 def _moment_fields(moments: Moments) -> dict[str, Any]:
-    state, first, second = moments.state, _KINDS[moments.first], _KINDS[moments.second]
+    state, first, second = moments.state, _FIRST[moments.first], _SECOND[moments.second]
     row_inverse, column_inverse = moments.inverses or (None, None)
     scale = state.get("exp_avg_scale", state.get("exp_avg_sq_scale"))
     return {

@@ -1,25 +1,32 @@
 """First and second moments of gradients, in the forms that an optimizer can keep them.
 
-First moment m, an exponential average of gradients (none if beta1 is 0):
+First moment m, an exponential average of gradients ("none", or a beta1 of 0, keeps none):
 
     "fp32"      4 bytes a weight
-    "bf16"      2: the upper half of a float32, rounded stochastically
-    "int8"      1: m = code * scale, code in [-127, 127], a scale for each 128 columns of a row
+    "bf16"      2: the upper half of a float32
+    "int8"      1: m = code * scale, code in [-127, 127]
+    "fp8"       1: m = code * scale, code an e4m3 number
 
-Second moment v, an exponential average of squares:
+Second moment v, an exponential average of squares; all but the first keep its root:
 
-    "full"      4 bytes a weight, float32
-    "int8"      1: sqrt(v) = code * scale, code in [0, 255], a scale for each 128 columns of a row
+    "full"      4 bytes a weight, float32, v itself
+    "bf16"      2: the upper half of a float32
+    "int8"      1: sqrt(v) = code * scale, code in [0, 255]
+    "fp8"       1: sqrt(v) = code * scale, code an e4m3 number
     "factored"  averages of the rows' and columns' mean squares, about nothing a weight, from which
                 sqrt(v) = sqrt(row / mean(row)) * sqrt(column) (Adafactor, arXiv 1804.04235, eq. 4)
 
+Codes have a scale for each 128 columns of a row. All but float32 is rounded stochastically. "fp8", and "bf16"
+of a second moment, are there for the paper's environments and have no kernel: they run on the reference.
+
 Choices. The root of v is stored, not v: eight bits of v would span gradients of 1 to 16 in a block, eight
-bits of the root span 1 to 255. What is not zero is stored as 1 at least, because a root that is lost to
-rounding would be divided by; such weights move less than they should, never more. Blocks of 128 cost 0.03
-bytes a weight, and run along a row so that a row can be updated by itself. Rounding is stochastic, because an
-average that changes by less than half a code a step would otherwise stand still; it takes 16 bits, the lower
-half of a random word for m and the upper half for v. The new moments enter the direction before they are
-rounded. Vectors keep float32, which costs nothing.
+bits of the root span 1 to 255, e4m3 spans 1 to 229,376 with 3 to 6 % between neighbours. What is not zero is
+stored as the smallest code at least, because a root that is lost to rounding would be divided by; such
+weights move less than they should, never more. Blocks of 128 cost 0.03 bytes a weight, and run along a row so
+that a row can be updated by itself. Rounding is stochastic, because an average that changes by less than half
+a code a step would otherwise stand still; it takes 16 bits, the lower half of a random word for m and the
+upper half for v. The new moments enter the direction before they are rounded. Vectors keep float32, which
+costs nothing.
 """
 
 from __future__ import annotations
@@ -32,57 +39,57 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dqt import ops
+from dqt.numerics.float8 import E4M3, LARGEST, SMALLEST_E4M3, stochastic_e4m3
 from dqt.ops.reference import SMALLEST_ABSMAX, exact_sqrt
 
-FIRST_MOMENTS = ("fp32", "bf16", "int8")
-SECOND_MOMENTS = ("full", "int8", "factored")
+FIRST_MOMENTS = ("none", "fp32", "bf16", "int8", "fp8")
+SECOND_MOMENTS = ("none", "full", "bf16", "int8", "fp8", "factored")
 BLOCK = 128
-"""Columns that share a scale of an int8 moment."""
+"""Columns that share a scale."""
 
-_FIRST_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+_FIRST_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": E4M3}
+_SECOND_TYPES = {"full": torch.float32, "bf16": torch.bfloat16, "int8": torch.uint8, "fp8": E4M3}
+_TOP = {torch.int8: 127.0, torch.uint8: 255.0, E4M3: LARGEST[E4M3]}
+_SMALLEST = {torch.uint8: 1.0, E4M3: SMALLEST_E4M3}
 
 
 class Moments:
     """The moments of one parameter, seen as a matrix [rows, columns] and read a few rows at a time.
 
     They live in the optimizer's `state[parameter]`, under torch's names where torch has them: "exp_avg",
-    "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col", and "exp_avg_scale", "exp_avg_sq_scale" for int8.
+    "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col", and "exp_avg_scale", "exp_avg_sq_scale" for codes.
 
     Attributes:
-        first: One of `FIRST_MOMENTS`, or None.
-        second: One of `SECOND_MOMENTS`, or None.
+        first: One of `FIRST_MOMENTS`.
+        second: One of `SECOND_MOMENTS`.
         inverses: Reciprocal of the denominator in a row and a column factor, from `update_factors`.
     """
 
-    def __init__(self, state: dict[str, Any], first: str | None, second: str | None) -> None:
+    def __init__(self, state: dict[str, Any], first: str, second: str) -> None:
         self.state, self.first, self.second = state, first, second
         self.inverses: tuple[Tensor, Tensor] | None = None
 
     @property
     def rounded(self) -> bool:
         """Whether the moments are rounded, so that they need random words."""
-        return self.first in ("bf16", "int8") or self.second == "int8"
+        return self.first not in ("none", "fp32") or self.second not in ("none", "full", "factored")
 
     def create(self, grad: Tensor) -> None:
         """Adds zero moments for a gradient matrix to the state."""
         rows, columns = grad.shape
-        scales = (rows, -(-columns // BLOCK))
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float32, device=grad.device)
 
-        if self.first is not None:
-            self.state["exp_avg"] = torch.zeros_like(grad, dtype=_FIRST_TYPES[self.first])
-        if self.first == "int8":
-            self.state["exp_avg_scale"] = zeros(*scales)
+        types = {"exp_avg": _FIRST_TYPES.get(self.first), "exp_avg_sq": _SECOND_TYPES.get(self.second)}
+        for key, dtype in types.items():
+            if dtype is not None:
+                self.state[key] = torch.zeros_like(grad, dtype=dtype)
+            if dtype in _TOP:
+                self.state[f"{key}_scale"] = zeros(rows, -(-columns // BLOCK))
         if self.second == "factored":
             self.state["exp_avg_sq_row"] = zeros(rows)
             self.state["exp_avg_sq_col"] = zeros(columns)
-        elif self.second is not None:
-            dtype = torch.uint8 if self.second == "int8" else torch.float32
-            self.state["exp_avg_sq"] = torch.zeros_like(grad, dtype=dtype)
-        if self.second == "int8":
-            self.state["exp_avg_sq_scale"] = zeros(*scales)
 
     def update_factors(
         self,
@@ -117,42 +124,55 @@ class Moments:
         self, grad: Tensor, rows: slice, beta2: float, weight2: float, random: Tensor | None
     ) -> Tensor | None:
         """Brings v of some rows up to date; its root [rows, columns], or None if it is none or factored."""
-        if self.second is None or self.inverses is not None:
+        if self.second == "none" or self.inverses is not None:
             return None
-        stored = self.state["exp_avg_sq"][rows]
         entering = (grad * grad).mul_(weight2)
         if self.second == "full":
-            return exact_sqrt(stored.mul_(beta2).add_(entering))
-        scale = self.state["exp_avg_sq_scale"]
-        old = stored.float().mul_(_by_block(scale[rows], grad.shape[1]))
+            v: Tensor = self.state["exp_avg_sq"][rows]
+            return exact_sqrt(v.mul_(beta2).add_(entering))
+        old = self._read("exp_avg_sq", rows)
         root = exact_sqrt(old.square_().mul_(beta2).add_(entering))
         assert random is not None
-        scale[rows], value = _scaled(root, 255.0)
-        code = _round(value, random >> 16).clamp_max_(255)
-        stored.copy_(torch.where(value > 0, code.clamp_min(1), code))
+        self._write("exp_avg_sq", rows, root, random >> 16)
         return root
 
     def update_first(
         self, x: Tensor, rows: slice, beta1: float, weight1: float, random: Tensor | None
     ) -> Tensor:
         """Lets x enter m of some rows; m [rows, columns], or x itself without a first moment."""
-        if self.first is None:
+        if self.first == "none":
             return x
-        stored = self.state["exp_avg"][rows]
         if self.first == "fp32":
+            stored: Tensor = self.state["exp_avg"][rows]
             return stored.mul_(beta1).add_(x * weight1)
+        m = self._read("exp_avg", rows).mul_(beta1).add_(x * weight1)
         assert random is not None
-        if self.first == "bf16":
-            m = stored.float().mul_(beta1).add_(x * weight1)
-            bits = m.view(torch.int32) + (random & 0xFFFF).to(torch.int32)
-            stored.copy_((bits & -0x10000).view(torch.float32))
-            return m
-        scale = self.state["exp_avg_scale"]
-        m = stored.float().mul_(_by_block(scale[rows], x.shape[1])).mul_(beta1).add_(x * weight1)
-        scale[rows], value = _scaled(m, 127.0)
-        code = _round(value.abs(), random & 0xFFFF).clamp_max_(127)
-        stored.copy_(torch.where(m < 0, -code, code))
+        self._write("exp_avg", rows, m, random & 0xFFFF)
         return m
+
+    def _read(self, key: str, rows: slice) -> Tensor:
+        """A stored moment as new floats."""
+        stored: Tensor = self.state[key][rows]
+        if stored.dtype not in _TOP:
+            return stored.float()
+        return stored.float().mul_(_by_block(self.state[f"{key}_scale"][rows], stored.shape[1]))
+
+    def _write(self, key: str, rows: slice, values: Tensor, random16: Tensor) -> None:
+        """Rounds values into a stored moment."""
+        stored: Tensor = self.state[key][rows]
+        if stored.dtype not in _TOP:
+            bits = values.view(torch.int32) + random16.to(torch.int32)
+            stored.copy_((bits & -0x10000).view(torch.float32))
+            return
+        top = _TOP[stored.dtype]
+        self.state[f"{key}_scale"][rows], scaled = _scaled(values, top)
+        if stored.dtype == E4M3:
+            code = stochastic_e4m3(scaled.clamp_(-top, top), random16)
+        else:
+            code = _round(scaled.abs(), random16).clamp_max_(int(top)).copysign(scaled)
+        if key == "exp_avg_sq":
+            code = torch.where(scaled > 0, code.clamp_min(_SMALLEST[stored.dtype]), code)
+        stored.copy_(code)
 
 
 def _by_block(scale: Tensor, columns: int) -> Tensor:

@@ -50,10 +50,9 @@ class SGD(QuantizedOptimizer):
         if not 0.0 <= group["momentum"] < 1.0:
             raise ConfigError(f"momentum={group['momentum']} must be in [0, 1)")
 
-    def first_beta(self, group: dict[str, Any]) -> float:
+    def decay_of_first(self, group: dict[str, Any]) -> float:
         return float(group["momentum"])
 
     def rule(self, parameter: Tensor, grad: Tensor, moments: Moments, group: dict[str, Any]) -> Rule:
-        return Rule(
-            lr=group["lr"], decay=group["lr"] * group["weight_decay"], beta1=group["momentum"], weight1=1.0
-        )
+        decay = group["lr"] * group["weight_decay"]
+        return Rule(lr=group["lr"], decay=decay, beta1=self.first_beta(group), weight1=1.0)

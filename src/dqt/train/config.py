@@ -23,7 +23,7 @@ import tomli_w
 
 from dqt.errors import ConfigError, did_you_mean
 from dqt.models import PRESETS
-from dqt.recipes import Recipe, recipe_for
+from dqt.recipes import Recipe, lr_rule, recipe_for
 from dqt.tensor import Products
 from dqt.train.section import Section
 from dqt.train.sections import (
@@ -54,6 +54,7 @@ class Config:
         steps, warmup = self.train.steps, self.optim.warmup_steps
         if steps is not None and warmup is not None and warmup >= steps and self.quant.method != "paper":
             raise ConfigError(f"optim.warmup_steps = {warmup} leaves none of train.steps = {steps}: lower it")
+        self.recipe()  # refuses what does not go together
         if self.train.gradient_release and self.optim.grad_clip:
             raise ConfigError(
                 f"optim.grad_clip = {self.optim.grad_clip} needs all gradients at once, and "
@@ -141,6 +142,7 @@ class Config:
         quant, optim = self.quant, self.optim
         own = {name: getattr(quant, name) for name in _QUANT_TO_RECIPE}
         own |= {name: getattr(optim, name) for name in _OPTIM_TO_RECIPE}
+        own["optimizer"] = optim.name
         products = {name: getattr(quant, name) for name in _PRODUCTS if getattr(quant, name) is not None}
         if products:
             default = recipe_for(quant.method, quant.bits).products
@@ -166,6 +168,7 @@ _OPTIM_TO_RECIPE = (
 )
 
 _SectionT = TypeVar("_SectionT", bound=Section)
+_ValueT = TypeVar("_ValueT")
 
 
 def resolve(config: Config) -> Config:
@@ -185,10 +188,12 @@ def resolve(config: Config) -> Config:
     )
     quant = {name: getattr(recipe, name) for name in ("method", "bits", *_QUANT_TO_RECIPE)}
     optim = {name: getattr(recipe, name) for name in _OPTIM_TO_RECIPE}
+    optim |= {"name": recipe.optimizer, "lr": recipe.lr or lr_rule(recipe, required(model.hidden_size))}
     if optim["warmup_steps"] is None:
         optim["warmup_steps"] = steps // 10
     if config.train.gradient_release:  # there is no global norm to clip
-        optim |= {"grad_clip": 0.0, "clip_update": 0.0 if recipe.method == "paper" else RELEASED_CLIP_UPDATE}
+        clips = recipe.method != "paper" and recipe.optimizer != "sgd"
+        optim |= {"grad_clip": 0.0, "clip_update": RELEASED_CLIP_UPDATE if clips else recipe.clip_update}
     train = {
         "steps": steps,
         "seq_len": preset.seq_len,
@@ -210,7 +215,7 @@ def resolve(config: Config) -> Config:
     )
 
 
-def required(value: int | None) -> int:
+def required(value: _ValueT | None) -> _ValueT:
     """A value that `resolve` has filled in."""
     assert value is not None
     return value

@@ -167,13 +167,14 @@ class OptimConfig(Section):
     """How weights are updated; None is the recipe's.
 
     Attributes:
+        name: One of `dqt.recipe.OPTIMIZERS`.
         lr: Peak learning rate.
         betas: Moment decay of low-bit weights; of the layers' linear weights where the method is a float one.
         float_betas: Moment decay of all other parameters.
-        eps: Of the optimizer.
+        eps: Of AdamW.
         weight_decay: Decoupled.
-        second_moment: "full", "int8" or "factored".
-        first_moment: "fp32", "bf16" or "int8".
+        second_moment: One of `dqt.optim.moments.SECOND_MOMENTS`.
+        first_moment: One of `dqt.optim.moments.FIRST_MOMENTS`.
         float_first_moment: Of float matrices.
         float_second_moment: Of float matrices.
         grad_clip: Global gradient norm to clip to; 0 does not clip.
@@ -186,6 +187,7 @@ class OptimConfig(Section):
 
     section: ClassVar[str] = "optim"
 
+    name: str | None = None
     lr: float | None = None
     betas: tuple[float, float] | None = None
     float_betas: tuple[float, float] | None = None

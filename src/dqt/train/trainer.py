@@ -164,7 +164,7 @@ class Trainer:
             NonFiniteError: Before anything changed.
         """
         number = self.step + 1
-        lr = self.recipe.lr * self._lr_factor(number)
+        lr = required(self.recipe.lr) * self._lr_factor(number)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.collect_telemetry = telemetry

@@ -1,0 +1,192 @@
+"""`Recipe`: everything that defines a method but the model, the data and the length of the run.
+
+It is checked when it is made: what can't go together is refused with the reason and the nearest setting that
+works. Which recipe a method and bit width have by default stands in `dqt.recipes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from dqt.errors import ConfigError, did_you_mean
+from dqt.numerics.rounding import ROUNDINGS
+from dqt.numerics.scales import SCALE_RULES
+from dqt.optim.moments import FIRST_MOMENTS, SECOND_MOMENTS
+from dqt.optim.writeback import DEFAULT_HYSTERESIS, check_residual
+from dqt.tensor import Products
+
+METHODS = ("strict", "residual", "paper", "fp32", "bf16", "bitnet")
+FLOAT_METHODS = ("fp32", "bf16", "bitnet")
+OPTIMIZERS = ("adamw", "adafactor", "sgd")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method as numbers.
+
+    Attributes:
+        method: One of `METHODS`.
+        bits: Name of the format of linear weights; None for the float methods.
+        lr: Peak learning rate; None follows `dqt.recipes.lr_rule`.
+        optimizer: One of `OPTIMIZERS`.
+        warmup_steps: Steps of linear warm-up; None means a tenth of the run.
+        schedule: Decay after it: "cosine", "linear" or "wsd".
+        grad_clip: Global gradient norm to clip to; 0 does not clip.
+        clip_update: Clip of each tensor's step, see `AdamW`, and Adafactor's clip_threshold; 0 does not clip.
+        betas: Moment decay of low-bit weights, or of the layers' linear weights where the method is a float
+            one; a first one of 0 keeps no first moment. Adafactor and SGD take the first one alone.
+        float_betas: Moment decay of all other parameters.
+        eps: Of AdamW.
+        weight_decay: Decoupled, on low-bit weights (on everything for `paper`), and on the float matrices of
+            the float methods.
+        init_gain: Standard deviation of new linear weights times the root of their inputs; None leaves the
+            model's own initialization.
+        scale_rule: How the grid step is set at the start; None is the default of each weight's format.
+        headroom: Factor on the rule's scale.
+        per_row: One scale a row.
+        frozen_scale: Keep the scale of the start; only `paper` can do without.
+        residual_bits: k, 0 is strict.
+        hysteresis: h, in grid steps.
+        second_moment: Of what `betas` is for: one of `SECOND_MOMENTS`.
+        first_moment: Of the same: one of `FIRST_MOMENTS`.
+        float_first_moment: Of all other matrices.
+        float_second_moment: Of all other matrices.
+        rounding: Of the write-back.
+        products: Which products are integer.
+    """
+
+    method: str
+    bits: str | None
+    lr: float | None = None
+    optimizer: str = "adamw"
+    warmup_steps: int | None = None
+    schedule: str = "cosine"
+    grad_clip: float = 1.0
+    clip_update: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    float_betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    init_gain: float | None = None
+    scale_rule: str | None = None
+    headroom: float = 1.0
+    per_row: bool = False
+    frozen_scale: bool = True
+    residual_bits: int = 0
+    hysteresis: float = DEFAULT_HYSTERESIS
+    second_moment: str = "full"
+    first_moment: str = "fp32"
+    float_first_moment: str = "fp32"
+    float_second_moment: str = "full"
+    rounding: str = "stochastic"
+    products: Products = field(default_factory=Products)
+
+    def __post_init__(self) -> None:
+        for key, names in (
+            ("method", METHODS),
+            ("optimizer", OPTIMIZERS),
+            ("second_moment", SECOND_MOMENTS),
+            ("float_second_moment", SECOND_MOMENTS),
+            ("first_moment", FIRST_MOMENTS),
+            ("float_first_moment", FIRST_MOMENTS),
+            ("scale_rule", (None, *SCALE_RULES)),
+            ("rounding", ROUNDINGS),
+        ):
+            if (value := getattr(self, key)) not in names:
+                raise ConfigError(f"unknown {key} {value!r}; {did_you_mean(value, filter(None, names))}")
+        check_residual(self.residual_bits, self.hysteresis)
+        for wrong, message in _conflicts(self):
+            if wrong:
+                raise ConfigError(message)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether weights are low-bit integers between steps."""
+        return self.method not in FLOAT_METHODS
+
+    @property
+    def fusible(self) -> bool:
+        """Whether `dqt.fuse_` is for it: baselines and `paper` run the layers that people run."""
+        return self.quantized and self.method != "paper"
+
+    @property
+    def first_moments(self) -> tuple[str, str]:
+        """How first moments are kept, of low-bit weights and of float matrices."""
+        return (
+            self.first_moment if self.betas[0] else "none",
+            self.float_first_moment if self.float_betas[0] else "none",
+        )
+
+
+def _conflicts(recipe: Recipe) -> Iterator[tuple[object, str]]:
+    """What does not go together: whether it is so here, and what to say then."""
+    method, optimizer, bits = recipe.method, recipe.optimizer, recipe.bits
+    yield (
+        method == "strict" and recipe.residual_bits,
+        f"method strict keeps no residual: residual_bits={recipe.residual_bits} needs method residual",
+    )
+    yield (
+        method == "residual" and not recipe.residual_bits,
+        "method residual needs residual_bits of 2 to 8 or 16; with 0 it is method strict",
+    )
+    yield (
+        recipe.init_gain is not None and not 0 < recipe.init_gain <= 100,
+        f"init_gain={recipe.init_gain} must be above 0, and 100 at the most",
+    )
+    yield (
+        not recipe.frozen_scale and method != "paper",
+        f"method {method} has no scale to recompute: frozen_scale = false is for method paper",
+    )
+    yield from _conflicts_of_paper(recipe)
+    # Which moments an optimizer has.
+    for key in ("second_moment", "float_second_moment"):
+        kind = getattr(recipe, key)
+        yield (
+            optimizer == "adafactor" and kind != "factored",
+            f"Adafactor's second moment is factored, not {key}={kind}: leave it out, or use optimizer adamw",
+        )
+        yield (
+            optimizer == "sgd" and kind != "none",
+            f"SGD has no second moment, so no {key}={kind}: leave it out, or use optimizer adamw",
+        )
+        yield (
+            optimizer == "adamw" and kind == "none",
+            f"AdamW divides by a second moment, so {key}=none needs optimizer sgd; factored is the smallest",
+        )
+    yield (
+        optimizer == "sgd" and recipe.clip_update,
+        f"SGD has no running square to hold clip_update={recipe.clip_update} against: leave it out",
+    )
+    for key, betas in (("first_moment", recipe.betas), ("float_first_moment", recipe.float_betas)):
+        kind = getattr(recipe, key)
+        yield (
+            kind not in ("none", "fp32") and not betas[0],
+            f"{key}={kind} keeps nothing where the first of the betas is 0: set betas too, or leave it out",
+        )
+    yield (
+        recipe.quantized and bits is None,
+        f"method {method} needs bits: ternary, or 1 to 8",
+    )
+
+
+def _conflicts_of_paper(recipe: Recipe) -> Iterator[tuple[object, str]]:
+    if recipe.method != "paper":
+        return
+    yield (
+        recipe.bits == "1",
+        ("method paper has no 1-bit format, its grid contains zero: use bits ternary, or method strict"),
+    )
+    yield (
+        recipe.residual_bits,
+        (f"method paper keeps no residual: residual_bits={recipe.residual_bits} needs method residual"),
+    )
+    yield (
+        recipe.optimizer == "adamw" and recipe.second_moment == "factored",
+        ("method paper divides by a full second moment: for a factored one use optimizer adafactor"),
+    )
+    yield recipe.optimizer == "sgd", "method paper has no SGD: use optimizer adamw or adafactor"
+    yield (
+        recipe.optimizer == "adamw" and recipe.clip_update,
+        ("method paper has no clip_update: it is the published step"),
+    )
