@@ -3,7 +3,8 @@
 // No torch headers, no exceptions across the boundary: Python checks shapes and types and passes pointers, and every
 // kernel returns 0, or says with a status that it did nothing. All matrices are row-major and contiguous. Every result
 // is bitwise the same for any number of threads and any instruction set, and the same as dqt/ops/reference.py: floats
-// are never contracted (-ffp-contract=off; attention asks for its multiply-adds by name), division and square root are IEEE, and sums have a fixed order.
+// are never contracted (-ffp-contract=off; attention names its fused multiply-adds), division and square root are IEEE,
+// and sums have a fixed order.
 #pragma once
 #include <cstdint>
 
