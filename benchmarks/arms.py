@@ -201,14 +201,18 @@ ARMS = {
     "paper": Entry("the paper's way, ternary", paper),
     "bitnet": Entry("BitNet b1.58 (dqt.baselines), fused AdamW", bitnet),
     "ao-int8": _torchao("torchao int8 weight-only, its AdamW", "int8_weight_only_quantized", "_AdamW"),
-    "ao-int8-compiled": _torchao("the same, compiled", "int8_weight_only_quantized", "_AdamW", True),
+    "ao-int8-compiled": _torchao(
+        "torchao int8 weight-only, compiled", "int8_weight_only_quantized", "_AdamW", True
+    ),
     "ao-int8-8bit": _torchao(
-        "the same, compiled, AdamW8bit", "int8_weight_only_quantized", "AdamW8bit", True
+        "torchao int8 weight-only, compiled, AdamW8bit", "int8_weight_only_quantized", "AdamW8bit", True
     ),
     "ao-mixed": _torchao("torchao int8 mixed precision, fused AdamW", "int8_mixed_precision"),
-    "ao-mixed-compiled": _torchao("the same, compiled", "int8_mixed_precision", compiled=True),
+    "ao-mixed-compiled": _torchao(
+        "torchao int8 mixed precision, compiled", "int8_mixed_precision", compiled=True
+    ),
     "ao-bitnet": _torchao("torchao BitNet, fused AdamW", "bitnet"),
-    "ao-bitnet-compiled": _torchao("the same, compiled", "bitnet", compiled=True),
+    "ao-bitnet-compiled": _torchao("torchao BitNet, compiled", "bitnet", compiled=True),
 }
 
 
