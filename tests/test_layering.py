@@ -49,7 +49,7 @@ LAYERS = (
     "__main__",
 )
 # dqt itself imports lazily, the others need nothing but the errors.
-FREE = {"", "train.schedule", "train.section", "train.storage"}
+FREE = {"", "train.guard", "train.schedule", "train.section", "train.storage"}
 
 HEAVY = ("torch", "transformers", "matplotlib", "numpy", "safetensors", "tokenizers", "datasets")
 

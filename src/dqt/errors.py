@@ -26,8 +26,16 @@ class ModelError(DqtError):
     """A model, run or checkpoint directory that cannot be read or written."""
 
 
+class WriteError(ModelError):
+    """A file or directory that can't be written, for want of space or permission; the old one is intact."""
+
+
 class NonFiniteError(DqtError):
     """NaN or Inf in a loss, a gradient or an update; the named tensor was not changed."""
+
+
+class LossSpikeError(DqtError):
+    """A loss far above those before it; nothing was changed."""
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

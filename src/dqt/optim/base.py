@@ -21,10 +21,10 @@ from torch import Tensor
 from dqt.errors import ConfigError, DqtError, NonFiniteError, did_you_mean
 from dqt.numerics import philox
 from dqt.numerics.rounding import ROUNDINGS
-from dqt.optim import fused
+from dqt.optim import checks, fused
 from dqt.optim.moments import FIRST_MOMENTS, SECOND_MOMENTS, Moments, mean_squares, ordered_mean
 from dqt.optim.rule import Rule
-from dqt.optim.step import Step, gradient_matrix, row_blocks, write_float
+from dqt.optim.step import Step, gradient_matrix, matrix_shape, row_blocks, write_float
 from dqt.optim.writeback import (
     DEFAULT_HYSTERESIS,
     WriteBackStats,
@@ -75,6 +75,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
 
     Attributes:
         collect_telemetry: Whether steps count what happens to the codes.
+        check_state: Whether steps look for NaN and Inf in moments and scales too; see `dqt.optim.checks`.
         release: What updates the parameters inside the backward pass, or None; see `GradientRelease`.
     """
 
@@ -90,6 +91,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                 raise ConfigError(f"{type(self).__name__} takes no {key!r}; {did_you_mean(key, known)}")
         super().__init__(named_parameters, {**defaults, **_DEFAULTS, **options})
         self.collect_telemetry = True
+        self.check_state = False
         self._stats = WriteBackStats()
         self._squares: dict[Tensor, tuple[Tensor, Tensor]] = {}
 
@@ -193,8 +195,11 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         """The norm of a parameter's gradient.
 
         Raises:
-            NonFiniteError: If it holds NaN or Inf, with `unchanged` in the message.
+            NonFiniteError: If it, or with `check_state` what it meets, holds NaN or Inf, with `unchanged` in
+                the message.
         """
+        if self.check_state:
+            checks.require_finite(name, parameter, self.state.get(parameter, {}), unchanged)
         grad = gradient_matrix(parameter)
         # A norm is not finite if an element is not, or where a square overflows, which Adam divides by.
         if "exp_avg_sq_row" in self.state.get(
@@ -222,15 +227,9 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         state = self.state[parameter]
         state["step"] = state.get("step", 0) + 1
         grad = gradient_matrix(parameter)
-        moments = self._moments(parameter, group)
         if state["step"] == 1:
-            moments.create(grad)
-        residual_bits = 0
-        if isinstance(parameter, QuantizedTensor):
-            residual_bits = group["residual_bits"]
-            residual_bits = default_residual_bits(parameter) if residual_bits == "auto" else residual_bits
-            if residual_bits and "residual" not in state:
-                state["residual"] = new_residual(parameter, residual_bits)
+            state.update(self._new_state(parameter, group, grad))
+        moments, residual_bits = self._moments(parameter, group, state), _residual_bits(parameter, group)
         step = Step(
             parameter=parameter,
             grad=grad,
@@ -266,7 +265,15 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                 stats=step.stats,
             )
 
-    def _moments(self, parameter: Tensor, group: dict[str, Any]) -> Moments:
+    def _new_state(self, parameter: Tensor, group: dict[str, Any], grad: Tensor) -> dict[str, Tensor]:
+        """The tensors that a parameter's first step starts from, on the device of its gradient matrix."""
+        state: dict[str, Tensor] = {}
+        self._moments(parameter, group, state).create(grad)
+        if (bits := _residual_bits(parameter, group)) and isinstance(parameter, QuantizedTensor):
+            state["residual"] = new_residual(parameter, bits, grad.device)
+        return state
+
+    def _moments(self, parameter: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Moments:
         """The parameter's moments as its group keeps them; a vector is small, and keeps float32."""
         first = group["first_moment"] if self.first_beta(group) else "none"
         second = group.get("second_moment", "none")
@@ -274,7 +281,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             first, second = (
                 "none" if kind == "none" else top for kind, top in ((first, "fp32"), (second, "full"))
             )
-        return Moments(self.state[parameter], first, second)
+        return Moments(state, first, second)
 
     def mean_squares(self, parameter: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Mean squares of a gradient's rows and columns, from the check if there was one."""
@@ -290,8 +297,14 @@ class QuantizedOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """What `copy.deepcopy` takes; hooks stay with the parameters that they were put on."""
         lost = self.release is not None or self._lost_release
-        own = {"collect_telemetry": self.collect_telemetry, "_stats": self._stats, "_lost_release": lost}
-        return {**super().__getstate__(), **own, "_squares": {}}
+        own = {"collect_telemetry": self.collect_telemetry, "check_state": self.check_state}
+        return {
+            **super().__getstate__(),
+            **own,
+            "_stats": self._stats,
+            "_lost_release": lost,
+            "_squares": {},
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` gave, every tensor in the dtype it was saved in.
@@ -299,18 +312,35 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         torch's own method casts state to the parameter's dtype, which would turn integer state into floats.
 
         Raises:
-            ConfigError: If the parameter names differ.
+            ConfigError: If the parameter names differ, or a state tensor is not what a step of this optimizer
+                expects; nothing was changed then.
         """
         ours = [name for group in self.param_groups for name in group["param_names"]]
         theirs = [name for group in state_dict["param_groups"] for name in group.get("param_names", [])]
         if ours != theirs:
             differing = sorted(set(ours) ^ set(theirs)) or ["the order of the parameters"]
             raise ConfigError(f"the optimizer state is of other parameters: {', '.join(differing[:5])}")
-        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        groups = [group for group in state_dict["param_groups"] for _ in group["param_names"]]
+        for index, saved in state_dict["state"].items():
+            parameter = parameters[int(index)]
+            shape = matrix_shape(parameter)
+            grad = torch.empty(shape, dtype=parameter.dtype, device="meta")
+            checks.require_fitting(
+                ours[int(index)], saved, self._new_state(parameter, groups[int(index)], grad)
+            )
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         for index, saved in state_dict["state"].items():
             parameter = parameters[int(index)]
             self.state[parameter] = {
                 key: value.detach().clone().to(parameter.device) if isinstance(value, Tensor) else value
                 for key, value in saved.items()
             }
+
+
+def _residual_bits(parameter: Tensor, group: dict[str, Any]) -> int:
+    """The width of a parameter's residual; 0 is strict."""
+    if not isinstance(parameter, QuantizedTensor):
+        return 0
+    bits = group["residual_bits"]
+    return default_residual_bits(parameter) if bits == "auto" else int(bits)

@@ -96,6 +96,10 @@ class GradientRelease:
             )
         self._done.clear()
 
+    def forget(self) -> None:
+        """Drops a step that failed half-way; parameters that were updated stay so."""
+        self._done.clear()
+
     def remove(self) -> None:
         """Takes the hooks off; the optimizer's `step` is an ordinary one again."""
         for handle in self._handles:

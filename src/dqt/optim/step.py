@@ -85,7 +85,13 @@ def gradient_matrix(parameter: Tensor) -> Tensor:
     """The gradient of a parameter as a matrix; a vector's is one row."""
     grad = parameter.grad
     assert grad is not None
-    return grad.reshape(-1, grad.shape[-1]) if grad.ndim > 1 else grad.reshape(1, -1)
+    return grad.reshape(matrix_shape(grad))
+
+
+def matrix_shape(tensor: Tensor) -> tuple[int, int]:
+    """The rows and columns that a tensor has as a matrix; a vector is one row."""
+    columns = tensor.shape[-1] if tensor.ndim else 1
+    return tensor.numel() // max(1, columns) if tensor.ndim > 1 else 1, columns
 
 
 @torch.no_grad()

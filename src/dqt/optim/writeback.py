@@ -54,12 +54,12 @@ def check_residual(residual_bits: int, hysteresis: float) -> None:
         raise ConfigError(f"hysteresis={hysteresis} must be in [0, 0.45]: the residual spans one grid step")
 
 
-def new_residual(weight: QuantizedTensor, residual_bits: int) -> Tensor:
+def new_residual(weight: QuantizedTensor, residual_bits: int, device: torch.device | None = None) -> Tensor:
     """A zero residual: packed `uint8` [rows, bytes] up to 8 bits, `int16` [rows, columns] for 16."""
-    rows, columns = weight.rows, weight.shape[-1]
+    rows, columns, device = weight.rows, weight.shape[-1], device or weight.device
     if residual_bits == 16:
-        return torch.zeros(rows, columns, dtype=torch.int16, device=weight.device)
-    return torch.zeros(rows, packed_size(columns, residual_bits), dtype=torch.uint8, device=weight.device)
+        return torch.zeros(rows, columns, dtype=torch.int16, device=device)
+    return torch.zeros(rows, packed_size(columns, residual_bits), dtype=torch.uint8, device=device)
 
 
 def read_residual(residual: Tensor, residual_bits: int, columns: int) -> Tensor:

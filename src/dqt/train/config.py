@@ -25,6 +25,7 @@ from dqt.errors import ConfigError, did_you_mean
 from dqt.models import PRESETS
 from dqt.recipes import Recipe, lr_rule, recipe_for
 from dqt.tensor import Products
+from dqt.train.guard import SKIP
 from dqt.train.section import Section
 from dqt.train.sections import (
     SECTIONS,
@@ -59,6 +60,11 @@ class Config:
             raise ConfigError(
                 f"optim.grad_clip = {self.optim.grad_clip} needs all gradients at once, and "
                 "train.gradient_release frees each one: set optim.clip_update instead, or leave both out"
+            )
+        if self.train.gradient_release and self.train.on_nonfinite == SKIP:
+            raise ConfigError(
+                "train.on_nonfinite = skip drops a step whole, and train.gradient_release may have done half "
+                "of it when it finds NaN: use rollback or stop"
             )
         if self.train.gradient_release and (self.train.accumulation or 1) > 1:
             raise ConfigError(

@@ -19,10 +19,13 @@ from dqt.models import build_config
 from dqt.ops.bf16_guard import ensure_bf16_products
 from dqt.plan import advice, plan, refuse_what_does_not_fit
 from dqt.train import resume as resuming
+from dqt.train import storage
+from dqt.train.checkpoint import sweep
 from dqt.train.compiled import require_compiler
 from dqt.train.config import Config, required, resolve
 from dqt.train.metrics import Console
 from dqt.train.rundir import RunDirectory, default_directory
+from dqt.train.signals import StopRequest
 from dqt.train.trainer import Trainer, TrainResult
 
 __all__ = ["TrainResult", "train"]
@@ -38,7 +41,8 @@ def train(
 ) -> TrainResult:
     """Trains a model as a config says, in a directory of its own.
 
-    Ctrl-C or SIGTERM ends the run after the current step, with everything written that a finished run has.
+    Ctrl-C or SIGTERM ends the run after the current step, with everything written that a finished run has;
+    before the first step by KeyboardInterrupt. A second one ends the process.
 
     Args:
         config: Resolved or not.
@@ -65,8 +69,22 @@ def train(
         ensure_bf16_products()
     if config.train.compile:
         require_compiler()
-    found = resuming.find(resume, directory.checkpoints, console.say) if resume else None
+    with StopRequest() as stop, directory.claimed():
+        return _train(config, directory, console, stop, resume, cache_dir)
 
+
+def _train(
+    config: Config,
+    directory: RunDirectory,
+    console: Console,
+    stop: StopRequest,
+    resume: str | None,
+    cache_dir: str | Path | None,
+) -> TrainResult:
+    """Trains in a directory that is held."""
+    for line in (*storage.sweep(directory.path), *sweep(directory.checkpoints)):
+        console.say(line)
+    found = resuming.find(resume, directory.checkpoints, console.say) if resume else None
     if config.train.give_back_memory:
         give_back_at_once()
     torch.set_num_threads(config.train.threads or torch.get_num_threads())
@@ -83,7 +101,9 @@ def train(
         trainer = Trainer(config, corpus, directory, console)
         if found:
             trainer.restore(found)
-        return trainer.run()
+            console.say(f"resumed from {found.path} at step {trainer.step}")
+        stop.graceful()
+        return trainer.run(stop)
 
 
 def _choose_directory(config: Config, resume: str | None) -> RunDirectory:

@@ -1,13 +1,15 @@
 """What a run tells while it goes: `metrics.jsonl` for programs, one live line for people.
 
-Every line is flushed as it is written, so that a killed run keeps all its reports; a flush is no fsync, which
-would cost milliseconds a step and only help when the machine dies.
+Every line goes to the system as it is written, so that a killed run keeps all its reports; there is no fsync,
+which would cost milliseconds a step and only help when the machine dies.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,8 +19,10 @@ from typing import Any, TextIO
 import torch
 from torch import nn
 
+from dqt.errors import WriteError
 from dqt.memory import format_bytes
 from dqt.tensor import QuantizedTensor
+from dqt.train.storage import write_text
 
 QUIET_SECONDS = 10.0
 """Seconds between lines where the output is no terminal."""
@@ -28,12 +32,43 @@ class MetricsLog:
     """Appends JSON objects to a file, a line each, floats that are not finite as null."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        self._descriptor = self._open()
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Appends one object."""
-        self._file.write(json.dumps({key: finite(value) for key, value in line.items()}) + "\n")
-        self._file.flush()
+        """Appends one object.
+
+        Raises:
+            WriteError: If there is no room for it; the file is as it was.
+        """
+        raw = (json.dumps({key: finite(value) for key, value in line.items()}) + "\n").encode()
+        size = os.fstat(self._descriptor).st_size
+        try:
+            while raw:
+                raw = raw[os.write(self._descriptor, raw) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, size)  # half a line would spoil the next one
+            raise WriteError(f"{self._path} can't be written: {error.strerror}; free some space") from error
+
+    def keep_until(self, step: int) -> None:
+        """Drops the lines of later steps, which a run that goes on from `step` will write again."""
+        kept = []
+        for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                break  # a line that a killed process did not finish
+        write_text(self._path, "".join(kept))
+        os.close(self._descriptor)
+        self._descriptor = self._open()
+
+    def _open(self) -> int:
+        try:
+            return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise WriteError(f"{self._path} can't be written: {error.strerror}") from error
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -41,7 +76,7 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
     ) -> None:
-        self._file.close()
+        os.close(self._descriptor)
 
 
 def finite(value: Any) -> Any:

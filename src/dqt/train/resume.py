@@ -14,7 +14,7 @@ from typing import Any
 
 from dqt.errors import ConfigError, ModelError
 from dqt.train.checkpoint import list_checkpoints, read_state
-from dqt.train.config import Config
+from dqt.train.config import Config, resolve
 
 AUTO = "auto"
 
@@ -25,6 +25,10 @@ MAY_CHANGE = {
         "optim.grad_clip",
         "optim.clip_update",
         "train.gradient_release",
+        "train.on_nonfinite",
+        "train.on_spike",
+        "train.spike_threshold",
+        "train.on_write_error",
         "train.compile",
         "train.steps",
         "train.eval_every",
@@ -38,7 +42,7 @@ MAY_CHANGE = {
 _HARMLESS = {
     *("train.eval_every", "train.eval_windows", "train.checkpoint_every", "train.keep_checkpoints"),
     *("train.log_every", "train.out", "train.prompt", "train.sample_tokens", "train.memory_limit"),
-    "train.give_back_memory",
+    *("train.give_back_memory", "train.on_write_error"),
 }
 
 
@@ -84,6 +88,20 @@ def find(resume: str, checkpoints: Path, say: Callable[[str], None]) -> Found | 
     return None
 
 
+def last_good(checkpoints: Path, say: Callable[[str], None]) -> Found | None:
+    """The newest valid checkpoint that was written while the loss was as it should be."""
+    for path in reversed(list_checkpoints(checkpoints)):
+        try:
+            found = Found(path, read_state(path))
+        except ModelError as error:
+            say(f"passed over {path.name}: {error}")
+            continue
+        if found.state["good"]:
+            return found
+        say(f"passed over {path.name}: it was written in a spike of the loss")
+    return None
+
+
 def newest(path: str | Path) -> Path:
     """The checkpoint that a path names: itself, or the newest one of a run's directory.
 
@@ -121,7 +139,7 @@ def require_same_run(found: Found, config: Config, data_hash: str) -> list[str]:
     Raises:
         ConfigError: If it is of another run, with the fields that differ.
     """
-    then, now = _flat(found.state["config"]), _flat(config.to_dict())
+    then, now = _flat(_as_of_now(found.state["config"])), _flat(config.to_dict())
     then["data.hash"], now["data.hash"] = found.state["data_hash"], data_hash
     changed = {
         key: f"{key}: {_short(then.get(key))}, now {_short(now.get(key))}"
@@ -135,6 +153,14 @@ def require_same_run(found: Found, config: Config, data_hash: str) -> list[str]:
             "use the same settings, or another --out without --resume"
         )
     return [changed[key] for key in sorted(compared - _HARMLESS)]
+
+
+def _as_of_now(saved: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapping[str, Any]]:
+    """A saved config with the keys that have come since, which leaves no key out that has gone."""
+    try:
+        return resolve(Config.from_dict(saved)).to_dict()
+    except ConfigError:
+        return saved
 
 
 def _flat(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -4,17 +4,21 @@
     run.json        state and summary           checkpoints/    to go on from
     model/          the finished model          report.html, plots/
 
-`run.json` says "running", "interrupted", "failed" or "finished"; a killed run still says "running".
+`run.json` says "running", "interrupted", "failed" or "finished"; a killed run still says "running". While a
+process is at work here, `.lock` names it.
 Everything is refused before the first step and before anything is written, and overwriting removes only what
 a run wrote.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import fcntl
 import os
 import shutil
-from collections.abc import Mapping
+import socket
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,7 @@ from dqt.train import storage
 from dqt.train.config import Config
 
 RUNS = "runs"
+LOCK = ".lock"
 RUNNING, INTERRUPTED, FAILED, FINISHED = "running", "interrupted", "failed", "finished"
 
 
@@ -93,7 +98,7 @@ class RunDirectory:
             raise ConfigError(f"{existing} is a file, not a directory: choose another --out")
         if not os.access(existing, os.W_OK | os.X_OK):
             raise ConfigError(f"{existing} can't be written: choose another --out, or change its permissions")
-        if not self.path.is_dir() or not any(self.path.iterdir()) or overwrite:
+        if not self.path.is_dir() or overwrite or not {path.name for path in self.path.iterdir()} - {LOCK}:
             return
         if not self.record.is_file():
             raise ConfigError(f"{self.path} holds other files and no run: choose another --out")
@@ -127,18 +132,60 @@ class RunDirectory:
         except OSError as error:
             raise ModelError(f"{self.path} can't be made: {error.strerror}; choose another --out") from error
 
-    def keep_metrics_until(self, step: int) -> None:
-        """Drops the lines of later steps, which a run that goes on from `step` will write again."""
-        if not self.metrics.is_file():
-            return
-        kept = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                break  # a line that a killed process did not finish
-        storage.write_text(self.metrics, "".join(kept))
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Holds the directory against other runs, and makes it; it goes again if nothing was written.
+
+        The lock is the system's, on a file that says whose it is: it ends with the process, however that
+        ends. On a file system without locks nothing is held.
+
+        Raises:
+            ConfigError: Another run holds it.
+            ModelError: It can't be made.
+        """
+        made = [each for each in (self.path, *self.path.parents) if not each.exists()]
+        self.create()
+        lock = self.path / LOCK
+        descriptor = _lock(lock)
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, _who().encode(), 0)
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+            os.close(descriptor)
+            with contextlib.suppress(OSError):
+                for each in made:
+                    each.rmdir()
+
+
+def _who() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}"
+
+
+def _lock(path: Path) -> int:
+    """An open file that this process alone has locked."""
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ConfigError(
+                f"{path.parent} can't be written: {error.strerror}; choose another --out"
+            ) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 300, 0).decode(errors="replace").strip() or "another process"
+            os.close(descriptor)
+            raise ConfigError(
+                f"{path.parent} is in use by {holder}: wait for it, stop it, or choose another --out"
+            ) from None
+        except OSError:
+            return descriptor
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        os.close(descriptor)  # its holder has removed it in the meantime
 
 
 def run_name(config: Config) -> str:

@@ -13,6 +13,7 @@ from dqt.data.prepare import DataSpec
 from dqt.errors import ConfigError
 from dqt.models import ARCHITECTURES, PRESETS
 from dqt.numerics.formats import parse_bits
+from dqt.train.guard import IGNORE, ON_NONFINITE, ON_SPIKE, STOP
 from dqt.train.schedule import SCHEDULES
 from dqt.train.section import Section
 
@@ -231,12 +232,16 @@ class TrainConfig(Section):
         eval_every: Steps between evaluations.
         eval_windows: Sequences in an evaluation.
         checkpoint_every: Steps between checkpoints.
-        keep_checkpoints: How many of the newest are kept.
+        keep_checkpoints: How many of the newest are kept; the best and the last good one are beside them.
         log_every: Steps between lines of metrics.
         activation_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
         gradient_release: Update each weight inside the backward pass, so that one gradient lives at a time.
         compile: Run the decoder layers through `torch.compile`, see `dqt.train.compiled`.
         fused: Norms, SwiGLU, rotary embedding, attention in one pass each; low-bit methods, but not `paper`.
+        on_nonfinite: What to do about NaN and Inf: one of `dqt.train.guard.ON_NONFINITE`.
+        on_spike: What to do about a spike of the loss: one of `dqt.train.guard.ON_SPIKE`.
+        spike_threshold: Deviations above the median of the last losses from which a loss is a spike.
+        on_write_error: "stop", or "continue" without a checkpoint or line that can't be written.
         give_back_memory: Return freed memory to the system at once: less memory, more time; see `allocator`.
         memory_limit: Size that the run must fit into, as in "16GB"; None is what the system has available.
         seed: Of weights, order of data, and rounding.
@@ -261,6 +266,10 @@ class TrainConfig(Section):
     gradient_release: bool = False
     compile: bool = False
     fused: bool = True
+    on_nonfinite: str = STOP
+    on_spike: str = IGNORE
+    spike_threshold: float = 10.0
+    on_write_error: str = STOP
     give_back_memory: bool = False
     memory_limit: str | None = None
     seed: int = 0
@@ -276,6 +285,11 @@ class TrainConfig(Section):
             *("checkpoint_every", "keep_checkpoints", "log_every", "threads"),
         )
         self._at_least(0, "sample_tokens")
+        self._one_of("on_nonfinite", ON_NONFINITE)
+        self._one_of("on_spike", ON_SPIKE)
+        self._one_of("on_write_error", ("stop", "continue"))
+        if not 1 <= self.spike_threshold < float("inf"):
+            raise ConfigError(f"train.spike_threshold = {self.spike_threshold} makes no sense: use 1 or more")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"train.seed = {self.seed} makes no sense: use 0 to {2**32 - 1}")
         if self.out is not None and not self.out.strip():

@@ -1,0 +1,248 @@
+"""A model, its optimizer and its place in the data: what learns, apart from the directory it writes to.
+
+One update is `accumulation` forward and backward passes of `batch_size` sequences, a clip of the global
+gradient norm, and a step of the optimizer; with gradient release, one pass that updates as it goes.
+Everything random is a function of (seed, step) or of (seed, sample index), so that a run that stops and goes
+on gives the codes, the optimizer's state and the losses of one that did not, bit for bit. What is not the
+same are times, and results between machines or numbers of threads, where float sums have another order.
+
+A loss that is NaN or Inf, or a spike, ends the step before the backward pass; a gradient, a moment or a scale
+that is not finite before the update (with gradient release before that of its own tensor). The price of
+looking at every loss is that the processor waits for a GPU once a pass.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+
+from dqt.data.prepare import Corpus
+from dqt.data.sampler import Sampler
+from dqt.errors import LossSpikeError, NonFiniteError
+from dqt.evaluate import Evaluation, evaluate
+from dqt.fused import fuse_
+from dqt.memory import MemoryTable, measure
+from dqt.models import build_config, build_with_recipe, count_parameters
+from dqt.optim import GradientRelease
+from dqt.recipes import autocast, build_optimizer
+from dqt.train.checkpoint import restore
+from dqt.train.compiled import compile_layers, eager
+from dqt.train.config import Config, required
+from dqt.train.guard import IGNORE, LossWatch
+from dqt.train.losses import language_model_loss
+from dqt.train.resume import Found
+from dqt.train.schedule import lr_factor
+
+
+class Learner:
+    """A run in memory.
+
+    Args:
+        config: Resolved.
+        corpus: The text.
+
+    Attributes:
+        step: Updates done.
+        samples: Sequences used up, those of skipped steps included: the place in the data.
+        watch: The recent losses.
+    """
+
+    def __init__(self, config: Config, corpus: Corpus) -> None:
+        self.config, self.corpus = config, corpus
+        train = config.train
+        self.recipe = config.recipe()
+        self.steps, self.batch_size = required(train.steps), required(train.batch_size)
+        self.accumulation, self.seq_len = required(train.accumulation), required(train.seq_len)
+        self.model, self.quantized = build_with_recipe(
+            model_config(config, corpus), self.recipe, config.quant.rules_to_bits, train.seed
+        )
+        if train.fused and self.recipe.fusible:
+            fuse_(self.model)
+        if train.activation_checkpointing:
+            with warnings.catch_warnings():  # transformers 5 has a new name for it, and both work until 6
+                warnings.simplefilter("ignore", FutureWarning)
+                self.model.gradient_checkpointing_enable(
+                    gradient_checkpointing_kwargs={"use_reentrant": False}
+                )
+        if train.compile:
+            compile_layers(self.model)
+        self.optimizer = build_optimizer(self.model, self.recipe, required(self.recipe.lr), train.seed)
+        self.optimizer.check_state = True
+        self.release = GradientRelease(self.optimizer) if train.gradient_release else None
+        self.sampler = Sampler(len(corpus.train), self.seq_len, train.seed)
+        self.step = self.samples = 0
+        self.elapsed = 0.0
+        self.watch = LossWatch(train.spike_threshold)
+        self.memory = MemoryTable(())
+        self.parameters = count_parameters(self.model.config)
+        self.evaluated: tuple[int, Evaluation] | None = None
+
+    @property
+    def samples_a_step(self) -> int:
+        """Sequences in an update."""
+        return self.accumulation * self.batch_size
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on so far."""
+        return self.step * self.tokens_a_step
+
+    @property
+    def tokens_a_step(self) -> int:
+        """Tokens in an update."""
+        return self.samples_a_step * self.seq_len
+
+    def restore(self, found: Found) -> None:
+        """Goes on from a checkpoint."""
+        restore(found.path, found.state, self.model, self.optimizer)
+        self.step, self.samples = found.state["step"], found.state["samples"]
+        self.elapsed = found.state["elapsed"]
+        self.watch = LossWatch(self.config.train.spike_threshold, found.state["losses"])
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside tensors."""
+        return {
+            "seed": self.config.train.seed,
+            "samples": self.samples,
+            "elapsed": self.elapsed,
+            "losses": self.watch.losses,
+            "good": self.watch.good,
+            "data_hash": self.corpus.hash,
+            "config": self.config.to_dict(),
+        }
+
+    def train_step(self, telemetry: bool) -> dict[str, Any]:
+        """One update.
+
+        Args:
+            telemetry: Whether the optimizer counts what happens to the codes.
+
+        Returns:
+            "loss" (mean over the update, in nats a token), "lr", and "grad_norm" before clipping.
+
+        Raises:
+            NonFiniteError: NaN or Inf; nothing was changed, or with gradient release not the tensor it names.
+            LossSpikeError: A spike, unless `on_spike` ignores it; nothing was changed.
+            DataError: A sequence can't be read; nothing was changed.
+        """
+        number = self.step + 1
+        lr = required(self.recipe.lr) * self._lr_factor(number)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.collect_telemetry = telemetry
+        try:
+            loss = 0.0
+            for micro_batch in range(self.accumulation):
+                loss = self._backward(micro_batch, loss)
+            norm = self._clip() if self.release is None else self.release.norm
+            self.optimizer.step()
+        except (NonFiniteError, LossSpikeError) as error:
+            self._abandon()
+            last = self.samples + self.samples_a_step - 1
+            raise type(error)(f"step {number} (samples {self.samples} to {last}): {error}") from error
+        except BaseException:
+            self._abandon()
+            raise
+        if not self.memory.rows:
+            self.memory = measure(self.model, self.optimizer)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step = number
+        self.samples += self.samples_a_step
+        self.watch.add(loss)
+        return {"loss": loss, "lr": lr, "grad_norm": norm}
+
+    def skip_step(self) -> None:
+        """Goes on to the next batch and the next learning rate, without an update."""
+        self.step += 1
+        self.samples += self.samples_a_step
+
+    def evaluate(self) -> Evaluation:
+        """Loss on the fixed windows of the held-out text; not measured twice at one step."""
+        if self.evaluated is None or self.evaluated[0] != self.step:
+            with eager(self.config.train.compile):
+                result = evaluate(
+                    self.model,
+                    self.corpus.val,
+                    self.seq_len,
+                    self.config.train.eval_windows,
+                    token_bytes=self.corpus.token_bytes,
+                    batch_size=self.batch_size,
+                    autocast=autocast(self.recipe, self.model.device.type),
+                )
+            self.evaluated = (self.step, result)
+        return self.evaluated[1]
+
+    # -- the parts of a step ---------------------------------------------------------------------------------
+
+    def _lr_factor(self, step: int) -> float:
+        optim = self.config.optim
+        return lr_factor(
+            step,
+            self.steps,
+            optim.warmup_steps or 0,
+            self.recipe.schedule,
+            optim.final_lr_fraction,
+            optim.decay_fraction,
+        )
+
+    def _backward(self, micro_batch: int, before: float) -> float:
+        """A forward and a backward pass.
+
+        Args:
+            micro_batch: Its number in the update.
+            before: Share of the update's loss that earlier ones gave.
+
+        Returns:
+            `before`, and the share of this one.
+        """
+        first = self.samples + micro_batch * self.batch_size
+        tokens = self.sampler.batch(self.corpus.train, first, self.batch_size).to(self.model.device)
+        with autocast(self.recipe, self.model.device.type):
+            loss = language_model_loss(self.model, tokens)
+        total = before + loss.item() / self.accumulation
+        if not math.isfinite(total):
+            raise NonFiniteError(
+                f"the loss is {loss.item()}; this step changed nothing. Lower --lr, or set "
+                "train.on_nonfinite to skip or rollback"
+            )
+        judged = micro_batch == self.accumulation - 1 and self.config.train.on_spike != IGNORE
+        if judged and total > (limit := self.watch.limit()):
+            raise LossSpikeError(
+                f"the loss is {total:.3f}, a spike: above {limit:.3f}, {self.watch.threshold:g} deviations "
+                "over the last ones; this step changed nothing"
+            )
+        (loss / self.accumulation).backward()
+        return total
+
+    def _clip(self) -> float:
+        """Scales the gradients to the largest norm allowed; returns the norm before.
+
+        A norm that is not finite scales nothing, so that the optimizer can name the gradient that is to
+        blame.
+        """
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.recipe.grad_clip and norm.isfinite():
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.recipe.grad_clip, norm)
+        return norm.item()
+
+    def _abandon(self) -> None:
+        """Forgets the gradients of a step that can't be done."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.release is not None:
+            self.release.forget()
+
+
+def model_config(config: Config, corpus: Corpus) -> Any:
+    """The `transformers` config: the preset and its overrides, for the corpus's vocabulary."""
+    tokens = {"bos_token_id": corpus.end_id, "eos_token_id": corpus.end_id}
+    return build_config(
+        config.model.preset,
+        config.model.arch,
+        corpus.vocab_size,
+        config.train.seq_len,
+        {**config.model.overrides, **tokens},
+    )
