@@ -262,8 +262,8 @@ def newer(path: Path) -> None:
         ("val.bin", flip_byte, "val.bin was altered"),
         ("manifest.json", Path.unlink, "manifest.json is missing or damaged"),
         ("manifest.json", lambda path: path.write_text("{"), "manifest.json is missing or damaged"),
-        ("manifest.json", lambda path: path.write_text('{"format_version": 1}'), "is missing or damaged"),
-        ("manifest.json", newer, "not of the format 1"),
+        ("manifest.json", lambda path: path.write_text('{"format_version": 2}'), "is missing or damaged"),
+        ("manifest.json", newer, "not of the format 2"),
         ("tokenizer/tokenizer.json", Path.unlink, "tokenizer.json does not exist"),
         ("tokenizer/tokenizer_config.json", lambda path: path.write_text("{"), "cannot be read"),
         (
@@ -295,7 +295,7 @@ def test_shards_round_trip_at_the_smallest_type(vocab_size: int, dtype: str, tmp
     tokens = np.array([0, vocab_size - 1, 1, vocab_size - 1], dtype=np.int64)
     entry = write_shard(tmp_path / "t.bin", [tokens[:1], tokens[1:1], tokens[1:]], token_dtype(vocab_size))
     assert (tmp_path / "t.bin").read_bytes() == tokens.astype(dtype).tobytes()
-    opened = open_shard(tmp_path, entry)
+    opened = open_shard(tmp_path, entry, vocab_size)
     assert (len(opened), opened.read(1, 3).tolist()) == (4, tokens[1:].tolist())
     assert opened.read(0, 4).dtype == np.int64
     assert opened.counts(vocab_size).tolist() == np.bincount(tokens, minlength=vocab_size).tolist()
@@ -308,6 +308,6 @@ def test_hash_of_a_large_shard_is_checked_on_request(tmp_path: Path, monkeypatch
     entry = write_shard(tmp_path / "t.bin", [np.arange(9)], token_dtype(9))
     flip_byte(tmp_path / "t.bin")
     monkeypatch.setattr(shards, "_HASHED_AT_OPEN", 4)
-    assert len(open_shard(tmp_path, entry)) == 9
+    assert len(open_shard(tmp_path, entry, 9)) == 9
     with pytest.raises(DataError, match="was altered"):
-        open_shard(tmp_path, entry, verify=True)
+        open_shard(tmp_path, entry, 9, verify=True)

@@ -125,7 +125,7 @@ def test_a_newer_format(model_dir: Path) -> None:
 
 def test_a_tokenizer_of_another_model(model_dir: Path) -> None:
     rewrite(model_dir, "config.json", vocab_size=290)
-    with pytest.raises(ModelError, match="does not fit the model: it has 300 tokens, the model 290"):
+    with pytest.raises(ModelError, match=r"embed_tokens.weight is \(300, 32\) .* the model's \(290, 32\)"):
         load_model(model_dir)
 
 

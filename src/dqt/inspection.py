@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dqt.errors import ModelError
 from dqt.memory import format_bytes
-from dqt.models import build_config, build_with_recipe
+from dqt.models import build_config, build_with_recipe, count_parameters
 from dqt.tensor import QuantizedTensor
 from dqt.train import checkpoint, savedmodel, storage
 from dqt.train.checkpoint import list_checkpoints
@@ -133,15 +134,20 @@ def _inspect_checkpoint(path: Path) -> Inspection:
     """Rebuilds a checkpoint's model from the config in it, and reads its tensors."""
     state = checkpoint.read_state(path)
     config = Config.from_dict(state["config"], str(path / checkpoint.STATE))
-    tensors = storage.load_tensors(path / checkpoint.MODEL)
+    file = path / checkpoint.MODEL
+    shapes = storage.tensor_shapes(file)
     embedding = ("embed_tokens.weight", "embed_tokens.weight.codes")
-    vocab_size = next(tensor.shape[0] for name, tensor in tensors.items() if name.endswith(embedding))
+    vocab_size = next((shape[0] for name, shape in shapes.items() if name.endswith(embedding)), 0)
     model_config = build_config(
         config.model.preset, config.model.arch, vocab_size, config.train.seq_len, config.model.overrides
     )
+    # The config's sizes are believed as far as the file goes: a weight takes a bit at least.
+    layers = model_config.num_hidden_layers
+    if layers > len(shapes) or count_parameters(model_config).total > 8 * file.stat().st_size:
+        raise ModelError(f"{path / checkpoint.STATE} does not fit {file}: the model would be larger")
     model, _ = build_with_recipe(model_config, config.recipe(), config.quant.rules_to_bits)
-    storage.load_model_tensors(model, path / checkpoint.MODEL)
-    return inspect_model(model, [path / checkpoint.MODEL, path / checkpoint.OPTIMIZER])
+    storage.load_model_tensors(model, file)
+    return inspect_model(model, [file, path / checkpoint.OPTIMIZER])
 
 
 def bars(counts: Iterable[int]) -> str:

@@ -9,17 +9,20 @@ A prepared corpus is a directory under the cache, named by the hash of the setti
 that changed files or another Python are noticed; the price is that the text is read (not tokenized) again on
 every start, 0.1 s for 12 MB. It is written under another name and renamed when complete.
 
-    manifest.json   tokenizer/   train.bin   val.bin
+    manifest.json   tokenizer/   train.bin   train.sums   val.bin   val.sums
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,11 +47,14 @@ from dqt.data.tokenizer import (
     token_byte_lengths,
     train_tokenizer,
 )
-from dqt.errors import ConfigError, DataError
+from dqt.errors import ConfigError, DataError, ModelError
+from dqt.train.storage import load_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _REPORT_EVERY = 1_000_000  # tokens
+_STAGING = ".staging-"
+_OLD = 60  # seconds; a younger leftover may be one that is about to be locked
 Progress = Callable[[str], None]
 
 
@@ -133,7 +139,7 @@ class Corpus:
         path = directory / "manifest.json"
         advice = f"delete {directory} to have it prepared again"
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
+            manifest = load_json(path)
             if manifest["format_version"] != FORMAT_VERSION:
                 raise DataError(f"{path} is not of the format {FORMAT_VERSION} that this dqt reads: {advice}")
             tokenizer_dir = directory / "tokenizer"
@@ -142,17 +148,17 @@ class Corpus:
                 raise DataError(f"{tokenizer_dir} was altered: {advice}")
             return cls(
                 directory=directory,
-                train=open_shard(directory, manifest["splits"]["train"], verify),
-                val=open_shard(directory, manifest["splits"]["val"], verify),
+                train=open_shard(directory, manifest["splits"]["train"], tokenizer.vocab_size, verify),
+                val=open_shard(directory, manifest["splits"]["val"], tokenizer.vocab_size, verify),
                 tokenizer_dir=tokenizer_dir,
                 vocab_size=tokenizer.vocab_size,
                 end_id=tokenizer.end_id,
                 token_bytes=token_byte_lengths(tokenizer),
-                unigram_nats=manifest["unigram_nats"],
+                unigram_nats=float(manifest["unigram_nats"]),
                 manifest=manifest,
-                hash=manifest["hash"],
+                hash=str(manifest["hash"]),
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (ModelError, OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} is missing or damaged: {advice}") from error
 
     def require_length(self, seq_len: int) -> None:
@@ -166,10 +172,16 @@ class Corpus:
 
 
 def default_cache_dir() -> Path:
-    """`$DQT_CACHE`, else `dqt` in the user's cache directory."""
+    """`$DQT_CACHE`, else `dqt` in the user's cache directory, else a directory of the user's among temporary
+    files.
+    """
     if chosen := os.environ.get("DQT_CACHE"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dqt"
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "dqt"
+    there = next((each for each in (usual, *usual.parents) if each.exists()), usual)
+    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+        return usual
+    return Path(tempfile.gettempdir(), f"dqt-{os.getuid()}")
 
 
 def prepare_corpus(
@@ -203,9 +215,10 @@ def prepare_corpus(
         try:
             _prepare(directory, spec, source, given, say)
         except OSError as error:
+            size = sum(len(document.text) for document in source.documents)
             raise DataError(
-                f"the corpus cannot be written to {directory}: {error.strerror or error}; "
-                "set DQT_CACHE to a folder with space that can be written"
+                f"the corpus cannot be written to {directory}: {error.strerror or error}; set DQT_CACHE to a "
+                f"folder that can be written, with {size * 4 / 1e6:,.1f} MB free at most"
             ) from error
     corpus = Corpus.open(directory)
     say(f"corpus ready: {len(corpus.train):,} training and {len(corpus.val):,} validation tokens")
@@ -293,8 +306,13 @@ def _prepare(
         say(f"the text yields only {tokenizer.vocab_size:,} tokens")
 
     directory.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=directory.parent))
+    _require_own(directory.parent)
+    _sweep(directory.parent)
+    staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=directory.parent))
+    held = os.open(staging, os.O_RDONLY)
     try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(held, fcntl.LOCK_EX)
         tokenizer.save(staging / "tokenizer")
         dtype = token_dtype(tokenizer.vocab_size)
         splits: dict[str, dict[str, Any]] = {}
@@ -302,7 +320,8 @@ def _prepare(
             arrays = tokenizer.encode_documents(document.text for document in documents)
             splits[name] = write_shard(staging / f"{name}.bin", _report(arrays, name, say), dtype)
             splits[name]["documents"] = len(documents)
-        tokens = {name: open_shard(staging, entry, verify=False) for name, entry in splits.items()}
+        words = tokenizer.vocab_size
+        tokens = {name: open_shard(staging, entry, words, verify=False) for name, entry in splits.items()}
         hashes = (tokenizer.sha256, splits["train"]["sha256"], splits["val"]["sha256"])
         manifest = {
             "format_version": FORMAT_VERSION,
@@ -327,6 +346,27 @@ def _prepare(
                 raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        os.close(held)
+
+
+def _sweep(directory: Path) -> None:
+    """Removes what killed processes left half-done: a living one holds a lock on its own."""
+    for path in directory.glob(f"{_STAGING}*"):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - path.stat().st_mtime > _OLD:
+                    shutil.rmtree(path)
+            finally:
+                os.close(descriptor)
+
+
+def _require_own(directory: Path) -> None:
+    """Refuses a cache among temporary files that somebody else has put there."""
+    base = Path(tempfile.gettempdir(), f"dqt-{os.getuid()}")
+    if base in directory.parents and (base.is_symlink() or base.stat().st_uid != os.getuid()):
+        raise DataError(f"{base} belongs to somebody else: set DQT_CACHE to a folder of your own")
 
 
 def _report(arrays: Iterable[np.ndarray], name: str, say: Progress) -> Iterator[np.ndarray]:

@@ -25,6 +25,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dqt.errors import ConfigError, DataError
+from dqt.train.storage import load_json
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # every byte, and the end of text
@@ -32,6 +33,8 @@ MIN_VOCAB_SIZE = 257  # every byte, and the end of text
 # Encoding is fed in batches of about this many characters, and longer documents are cut at a line's end: an
 # encoded token takes some 200 bytes until its id is copied out (batches of 4 million characters took 290 MB).
 _BATCH_CHARS = 1 << 20
+
+_MOST_BYTES = 128 << 20  # of tokenizer.json; 256,000 tokens take 35 MB
 
 
 @dataclass(frozen=True)
@@ -132,13 +135,22 @@ def load_tokenizer(directory: str | Path) -> TextTokenizer:
     path = Path(directory) / "tokenizer.json"
     if not path.is_file():
         raise DataError(f"{path} does not exist: give a directory that holds a tokenizer")
+    if path.stat().st_size > _MOST_BYTES:
+        raise DataError(
+            f"{path} has {path.stat().st_size} bytes, more than a tokenizer's definition can have"
+        )
     try:
         core = Tokenizer.from_file(str(path))
         definition = json.loads(core.to_str())
         config_path = path.with_name("tokenizer_config.json")
-        config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
-    except Exception as error:  # `tokenizers` raises bare Exception
-        raise DataError(f"the tokenizer in {directory} cannot be read: {error}") from error
+        config = load_json(config_path) if config_path.is_file() else {}
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # `tokenizers` raises bare Exception, and its panics are not even that
+        raise DataError(f"the tokenizer in {directory} cannot be read: {str(error)[:200]}") from error
+    ids = core.get_vocab(with_added_tokens=True).values()
+    if not ids or max(ids) > 2 * len(ids) + 1024:  # an embedding would have as many rows
+        raise DataError(f"{path} is damaged: {len(ids)} tokens, and ids up to {max(ids, default=0)}")
     if not _has_byte_level(definition.get("decoder")):
         raise DataError(
             f"{path} is not byte-level, so bits a byte cannot be told: use a byte-level BPE tokenizer"

@@ -37,6 +37,8 @@ from dqt.train.sections import (
     TrainConfig,
 )
 
+_MOST_BYTES = 1 << 20
+
 RELEASED_CLIP_UPDATE = 1.0
 """`optim.clip_update` with gradient release, where the global norm can't be clipped; Adafactor's d."""
 
@@ -106,11 +108,13 @@ class Config:
             ConfigError: It can't be read, is no TOML, or see `from_dict`.
         """
         try:
+            if Path(path).stat().st_size > _MOST_BYTES:
+                raise ConfigError(f"the config {path} is larger than any config can be")
             content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"the config {path} can't be read: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"the config {path} is no valid TOML: {error}") from error
+        except (ValueError, RecursionError) as error:  # TOML, UTF-8, or a number of 5,000 digits
+            raise ConfigError(f"the config {path} is no valid TOML: {str(error)[:200]}") from error
         return cls.from_dict(content, str(path))
 
     def to_dict(self) -> dict[str, dict[str, Any]]:

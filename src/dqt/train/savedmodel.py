@@ -28,7 +28,7 @@ from dqt.baselines import bitnet_
 from dqt.data.tokenizer import TextTokenizer, load_tokenizer
 from dqt.errors import DqtError, ModelError
 from dqt.fused import fuse_, is_fused
-from dqt.models import Initializer, empty_model
+from dqt.models import ARCHITECTURES, Initializer, empty_model
 from dqt.nn import set_quantized_weight
 from dqt.numerics.formats import parse_bits
 from dqt.numerics.packing import packed_size
@@ -105,7 +105,7 @@ def load_model(directory: str | Path) -> tuple[PreTrainedModel, TextTokenizer, d
         )
     info = storage.load_json(path / INFO)
     storage.check_version(path / INFO, info)
-    storage.verify(path)
+    storage.verify(path, (INFO, MODEL, "config.json", "tokenizer.json"))
     try:
         tokenizer = load_tokenizer(path)
     except DqtError as error:
@@ -138,20 +138,22 @@ def _describe(model: nn.Module, report: QuantizeReport) -> dict[str, dict[str, A
 
 
 def _rebuild(path: Path, info: Mapping[str, Any]) -> PreTrainedModel:
-    """A model of the right class, shapes and formats, whose values are still arbitrary."""
-    from transformers import AutoConfig
+    """A model of the right class, shapes and formats, whose values are still arbitrary.
 
-    try:
-        model = empty_model(AutoConfig.from_pretrained(path, local_files_only=True))
-    except DqtError:
-        raise
-    except Exception as error:  # whatever transformers makes of a config that it can't read
-        raise ModelError(f"{path / 'config.json'} makes no model: {error}") from error
+    Until its shapes are those of the tensors in the file, it takes no memory.
+    """
+    shapes = storage.tensor_shapes(path / MODEL)
+    model = _empty(path / "config.json", len(shapes))
     try:
         if info["method"] == "bitnet":
             bitnet_(model)
         for name, entry in info["tensors"].items():
-            _make_low_bit(model, name, entry)
+            _make_low_bit(model, name, entry, shapes)
+        for name, parameter in model.named_parameters():
+            if parameter.is_meta and shapes.get(name) != tuple(parameter.shape):
+                raise ModelError(
+                    f"{name} is {shapes.get(name)} in {MODEL}, the model's {tuple(parameter.shape)}"
+                )
         Initializer(model, seed=0).finish()
         if info.get("fused"):  # so that it computes the same bits as the model that was trained
             fuse_(model)
@@ -160,15 +162,38 @@ def _rebuild(path: Path, info: Mapping[str, Any]) -> PreTrainedModel:
     return model
 
 
-def _make_low_bit(model: nn.Module, name: str, entry: Mapping[str, Any]) -> None:
+def _empty(path: Path, tensors: int) -> PreTrainedModel:
+    """The model of a config.json, on the meta device; only of the classes that `save_model` is given."""
+    from transformers import AutoConfig
+
+    config = storage.load_json(path)
+    kind, layers = config.get("model_type"), config.get("num_hidden_layers")
+    if kind not in ARCHITECTURES or "auto_map" in config:
+        raise ModelError(f"{path} makes no model that dqt knows: model_type {kind!r} is not {ARCHITECTURES}")
+    if type(layers) is not int or not 0 <= layers <= tensors:
+        raise ModelError(f"{path} does not fit the model: {layers!r} layers, and {tensors} tensors")
+    try:
+        return empty_model(AutoConfig.for_model(**config))
+    except DqtError:
+        raise
+    except Exception as error:  # whatever transformers makes of a config that it can't read
+        raise ModelError(f"{path} makes no model: {error}") from error
+
+
+def _make_low_bit(
+    model: nn.Module, name: str, entry: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
     """Gives every module that holds this parameter a low-bit weight of the format it was saved in."""
     module_name, _, attribute = name.rpartition(".")
     old = model.get_submodule(module_name).weight
     if attribute != "weight" or not isinstance(old, nn.Parameter) or list(old.shape) != list(entry["shape"]):
         raise ModelError(f"{name} has no weight of shape {entry['shape']}")
     format = parse_bits(entry["bits"])
-    codes = torch.zeros(*old.shape[:-1], packed_size(old.shape[-1], format.bits), dtype=torch.uint8)
-    scale = torch.ones(entry["scale"], dtype=torch.float32)
+    packed = (*old.shape[:-1], packed_size(old.shape[-1], format.bits))
+    for key, shape in (("codes", packed), ("scale", tuple(entry["scale"]))):
+        if shapes.get(f"{name}.{key}") != shape:
+            raise ModelError(f"{name}.{key} is {shapes.get(f'{name}.{key}')} in {MODEL}, not {shape}")
+    codes, scale = torch.zeros(packed, dtype=torch.uint8), torch.ones(entry["scale"], dtype=torch.float32)
     products = Products(**entry["products"])
     weight = nn.Parameter(QuantizedTensor(codes, scale, format, old.shape, old.dtype, products))
     for module in model.modules():
