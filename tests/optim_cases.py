@@ -61,6 +61,17 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "bf16 moments": ("4", {"residual_bits": 8, "first_moment": "bf16", "second_moment": "bf16"}),
     "bf16 first moment": ("4", {"residual_bits": 8, "first_moment": "bf16", "second_moment": "factored"}),
     "no first moment": ("4", {"residual_bits": 8, "first_moment": "none", "second_moment": "fp8"}),
+    "float residual": ("4", {"residual_bits": 32, "weight_decay": 0.1}),
+    "gated": ("ternary", {"residual_bits": 0, "rounding": "gated", "lr": 0.5}),
+    "agreed": ("ternary", {"residual_bits": 0, "rounding": "agreed", "lr": 0.2}),
+    "noise": ("8", {"residual_bits": 0, "rounding": "noise", "lr": 0.2}),
+    "biased": ("8", {"residual_bits": 0, "rounding": "biased"}),
+    "learned": ("8", {"residual_bits": 8, "rounding": "learned"}),
+    "dropped": ("8", {"residual_bits": 0, "drop_smallest": 0.2}),
+    "paper, dropped": ("4", {"optimizer": PaperAdamW, "drop_smallest": 0.2}),
+    "paper, nearest": ("4", {"optimizer": PaperAdamW, "rounding": "nearest"}),
+    "ECO": ("8", {"residual_bits": 0, "error_feedback": "eco", "second_moment": "factored"}),
+    "ECO, SGD": ("8", {"optimizer": SGD, "residual_bits": 0, "momentum": 0.9, "error_feedback": "eco"}),
     "SGD": ("8", {"optimizer": SGD, "residual_bits": 0, "momentum": 0.9}),
     "Adafactor": ("8", {"optimizer": Adafactor, "residual_bits": 0, "beta1": 0.9, "lr": 0.5}),
     "Adafactor, fp8": (
@@ -72,7 +83,7 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "paper, Adafactor": ("4", {"optimizer": PaperAdafactor, "residual_bits": 0}),
 }
 CASES = [*OPTIMIZERS]
-DRAWS_NOTHING = ["nearest"]
+DRAWS_NOTHING = ["nearest", "float residual", "learned", "paper, nearest"]
 
 
 def build(case: str, model: nn.Module, named: Any = None, seed: int = 5) -> QuantizedOptimizer:

@@ -44,6 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
     "int8 moments": {"optim.betas": [0.9, 0.95], "optim.first_moment": "int8", "optim.second_moment": "int8"},
     "fp8 moments": {"quant.bits": "8", "optim.first_moment": "fp8", "optim.second_moment": "fp8"},
     "bf16 moments": {"quant.bits": "8", "optim.first_moment": "none", "optim.second_moment": "bf16"},
+    "float residual": {"quant.residual_bits": 32},
     "Adafactor": {"optim.name": "adafactor", "optim.betas": [0.9, 0.95]},
     "SGD": {"optim.name": "sgd"},
     "float moments": {"optim.float_first_moment": "bf16", "optim.float_second_moment": "factored"},

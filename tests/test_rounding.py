@@ -1,33 +1,101 @@
-"""Stochastic rounding is exact: over all random words the count of round-ups *is* the fraction.
+"""Every rounding keeps its contract exactly: over all random words the count of round-ups *is* what it says.
 
-The contract, for a displacement d in grid steps and a random word r of b bits:
+The contract of stochastic rounding, for a displacement d in grid steps and a random word r of b bits:
 move = sign(d) * (floor|d| + [r < floor(2**b * frac|d|)]). At a small b every word can be tried.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dqt.numerics.rounding import MAX_MOVE, ROUNDINGS, nearest_rounding, stochastic_rounding
+from dqt.numerics.rounding import (
+    BIAS,
+    MAX_MOVE,
+    ROUNDINGS,
+    biased_rounding,
+    nearest_rounding,
+    noise_rounding,
+    stochastic_rounding,
+    threshold_rounding,
+)
+from dqt.optim.threshold import LearnedThreshold
 
 
-@pytest.mark.parametrize("word_bits", [1, 4, 8])
+def noise_count(numerator: int, words: int) -> int:
+    """Pairs of halves whose sum reaches twice the half's range times what is missing: two triangles."""
+    half = math.isqrt(words)
+    least = math.ceil(2 * half * (words - numerator) / words)
+    return sum(1 for a in range(half) for b in range(half) if a + b >= least)
+
+
+def biased_count(numerator: int, words: int) -> int:
+    return min(words, numerator + int(BIAS * words)) if numerator else 0
+
+
+COUNTS = [  # rounding, bits of a word, how many of all words round up a fraction of numerator / words
+    *((stochastic_rounding, bits, lambda numerator, words: numerator) for bits in (1, 4, 8)),
+    *((noise_rounding, bits, noise_count) for bits in (4, 8)),
+    *((biased_rounding, bits, biased_count) for bits in (7, 8, 9)),
+]
+
+
+@pytest.mark.parametrize(("rounding", "word_bits", "count"), COUNTS)
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("whole", [0, 1, 5, 1000])
-def test_the_count_of_round_ups_equals_the_fraction(word_bits: int, sign: int, whole: int) -> None:
+def test_the_count_of_round_ups_is_exact(
+    rounding: Callable[..., torch.Tensor],
+    word_bits: int,
+    count: Callable[[int, int], int],
+    sign: int,
+    whole: int,
+) -> None:
     words = 2**word_bits
-    numerators = torch.arange(words)
-    displacement = sign * (whole + numerators.float() / words)
+    displacement = sign * (whole + torch.arange(words).float() / words)
     every_word = torch.arange(words).expand(words, words)
-    moves = stochastic_rounding(displacement[:, None].expand(words, words), every_word, word_bits)
+    moves = rounding(displacement[:, None].expand(words, words), every_word, word_bits)
     beyond = sign * moves - whole
     assert ((beyond == 0) | (beyond == 1)).all()
-    assert torch.equal(beyond.sum(dim=1), numerators)
+    assert beyond.sum(dim=1).tolist() == [count(numerator, words) for numerator in range(words)]
+
+
+def test_noise_is_between_nearest_and_stochastic() -> None:
+    """2 f² below a half and 1 - 2 (1 - f)² above, to what a word of 16 bits can tell."""
+    fraction = torch.arange(0, 64).float() / 64
+    words = torch.arange(2**16)
+    moves = noise_rounding(fraction[:, None].expand(-1, 2**16), words.expand(64, -1), 16)
+    expected = torch.where(fraction < 0.5, 2 * fraction**2, 1 - 2 * (1 - fraction) ** 2)
+    assert (moves.float().mean(1) - expected).abs().max() < 2 / 2**8
+
+
+@given(st.floats(-1000, 1000, width=32), st.floats(2**-10, 1.0, width=32))
+def test_a_threshold_moves_what_reaches_it(displacement: float, threshold: float) -> None:
+    magnitude = abs(displacement)
+    expected = math.floor(magnitude) + (magnitude - math.floor(magnitude) >= threshold)
+    moved = threshold_rounding(torch.tensor([displacement]), threshold).item()
+    assert moved == math.copysign(expected, displacement)
+
+
+@pytest.mark.parametrize("size", [0.01, 0.3, 3.0])
+def test_a_learned_threshold_becomes_unbiased_over_the_tensor(size: float) -> None:
+    state: dict[str, float] = {}
+    generator = torch.Generator().manual_seed(1)
+    moved = wanted = 0.0
+    for step in range(400):
+        rounding = LearnedThreshold(state)
+        for _ in range(2):  # blocks of one parameter
+            displacement = torch.randn(2000, generator=generator) * size
+            steps = rounding(displacement)
+            if step >= 200:
+                moved, wanted = moved + float(steps.abs().sum()), wanted + float(displacement.abs().sum())
+        rounding.finish()
+    assert moved == pytest.approx(wanted, rel=0.1)  # it swings by a sixteenth
+    assert 0 < state["threshold"] <= 1
 
 
 def test_values_on_the_grid_never_move_further() -> None:
@@ -53,7 +121,7 @@ def test_the_threshold_is_the_fraction_to_32_bits(displacement: float) -> None:
 @pytest.mark.parametrize("displacement", [1e9, 3e38, 2.0**24 + 2])
 def test_huge_displacements_are_clamped_and_keep_their_sign(name: str, displacement: float) -> None:
     values = torch.tensor([displacement, -displacement])
-    moves = ROUNDINGS[name](values, torch.zeros(2, dtype=torch.int64))
+    moves = ROUNDINGS[name].steps(values, torch.zeros(2, dtype=torch.int64))
     assert moves.dtype == torch.int32
     assert moves.tolist() == [MAX_MOVE, -MAX_MOVE]
 
@@ -61,7 +129,7 @@ def test_huge_displacements_are_clamped_and_keep_their_sign(name: str, displacem
 def test_the_displacement_is_left_as_it_was() -> None:
     values = torch.tensor([0.25, -3.5])
     for rounding in ROUNDINGS.values():
-        rounding(values, torch.zeros(2, dtype=torch.int64))
+        rounding.steps(values, torch.zeros(2, dtype=torch.int64))
         assert values.tolist() == [0.25, -3.5]
 
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from dqt.errors import ConfigError, did_you_mean
 from dqt.numerics.rounding import ROUNDINGS
 from dqt.numerics.scales import SCALE_RULES
+from dqt.optim.eco import ERROR_FEEDBACKS
 from dqt.optim.moments import FIRST_MOMENTS, SECOND_MOMENTS
-from dqt.optim.writeback import DEFAULT_HYSTERESIS, check_residual
+from dqt.optim.writeback import DEFAULT_HYSTERESIS, FLOAT_RESIDUAL, check_residual
 from dqt.tensor import Products
 
 METHODS = ("strict", "residual", "paper", "fp32", "bf16", "bitnet")
@@ -52,7 +53,9 @@ class Recipe:
         first_moment: Of the same: one of `FIRST_MOMENTS`.
         float_first_moment: Of all other matrices.
         float_second_moment: Of all other matrices.
-        rounding: Of the write-back.
+        rounding: Of the write-back, one of `dqt.numerics.rounding.ROUNDINGS`.
+        drop_smallest: Share of the smallest updates that is dropped.
+        error_feedback: One of `dqt.optim.eco.ERROR_FEEDBACKS`.
         products: Which products are integer.
     """
 
@@ -80,6 +83,8 @@ class Recipe:
     float_first_moment: str = "fp32"
     float_second_moment: str = "full"
     rounding: str = "stochastic"
+    drop_smallest: float = 0.0
+    error_feedback: str = "none"
     products: Products = field(default_factory=Products)
 
     def __post_init__(self) -> None:
@@ -92,6 +97,7 @@ class Recipe:
             ("float_first_moment", FIRST_MOMENTS),
             ("scale_rule", (None, *SCALE_RULES)),
             ("rounding", ROUNDINGS),
+            ("error_feedback", ERROR_FEEDBACKS),
         ):
             if (value := getattr(self, key)) not in names:
                 raise ConfigError(f"unknown {key} {value!r}; {did_you_mean(value, filter(None, names))}")
@@ -128,7 +134,7 @@ def _conflicts(recipe: Recipe) -> Iterator[tuple[object, str]]:
     )
     yield (
         method == "residual" and not recipe.residual_bits,
-        "method residual needs residual_bits of 2 to 8 or 16; with 0 it is method strict",
+        "method residual needs residual_bits of 2 to 8, 16, or 32 for floats; with 0 it is method strict",
     )
     yield (
         recipe.init_gain is not None and not 0 < recipe.init_gain <= 100,
@@ -139,6 +145,7 @@ def _conflicts(recipe: Recipe) -> Iterator[tuple[object, str]]:
         f"method {method} has no scale to recompute: frozen_scale = false is for method paper",
     )
     yield from _conflicts_of_paper(recipe)
+    yield from _conflicts_of_rounding(recipe)
     # Which moments an optimizer has.
     for key in ("second_moment", "float_second_moment"):
         kind = getattr(recipe, key)
@@ -168,6 +175,52 @@ def _conflicts(recipe: Recipe) -> Iterator[tuple[object, str]]:
         recipe.quantized and bits is None,
         f"method {method} needs bits: ternary, or 1 to 8",
     )
+
+
+def _conflicts_of_rounding(recipe: Recipe) -> Iterator[tuple[object, str]]:
+    rounding = recipe.rounding
+    if not recipe.quantized:
+        for key, default in (("rounding", "stochastic"), ("drop_smallest", 0), ("error_feedback", "none")):
+            value = getattr(recipe, key)
+            yield (
+                value != default,
+                f"method {recipe.method} rounds no weights, so no {key}={value}: use strict or residual",
+            )
+    yield (
+        not 0 <= recipe.drop_smallest < 1,
+        f"drop_smallest={recipe.drop_smallest} is a share: use 0 up to below 1",
+    )
+    yield (
+        recipe.residual_bits == FLOAT_RESIDUAL and rounding != "stochastic",
+        f"a float residual is not rounded, so no rounding={rounding}: use residual_bits=16 or less",
+    )
+    yield (
+        recipe.method == "paper" and rounding not in ("stochastic", "nearest"),
+        f"method paper rounds values, not moves, so no rounding={rounding}: use nearest, or method strict",
+    )
+    yield (
+        ROUNDINGS[rounding].gate is not None and recipe.first_moments[0] == "none",
+        f"rounding={rounding} looks at the first moment: set betas to keep one, as in 0.95, 0.95",
+    )
+    yield (
+        rounding == "gated" and recipe.optimizer != "adamw",
+        f"rounding=gated compares the first moment with the second, and {recipe.optimizer} does not: use "
+        "optimizer adamw, or rounding=agreed",
+    )
+    if recipe.error_feedback == "eco":
+        yield (
+            recipe.residual_bits or recipe.method == "paper",
+            f"error_feedback=eco takes the residual's place: use method strict, not {recipe.method}",
+        )
+        yield (
+            recipe.optimizer == "adafactor" or rounding not in ("stochastic", "nearest"),
+            "error_feedback=eco is published for AdamW and SGD, rounding stochastic or nearest: use those",
+        )
+        yield (
+            recipe.first_moments[0] != "fp32" or recipe.second_moment not in ("none", "full", "factored"),
+            "error_feedback=eco goes into an fp32 first moment, beside a full or factored second one: set "
+            "the moments so, and betas to keep one",
+        )
 
 
 def _conflicts_of_paper(recipe: Recipe) -> Iterator[tuple[object, str]]:

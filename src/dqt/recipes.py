@@ -212,6 +212,8 @@ def build_optimizer(
         "residual_bits": recipe.residual_bits,
         "hysteresis": recipe.hysteresis,
         "rounding": recipe.rounding,
+        "drop_smallest": recipe.drop_smallest,
+        "error_feedback": recipe.error_feedback,
     }
     if recipe.method == "paper":
         group: list[dict[str, Any]] = [{"params": named, **main}]

@@ -2,17 +2,31 @@
 
 Only the displacement is rounded, never the float sum of a position and a displacement: at code 100 a float32
 sum loses everything below 4e-6, and `floor(x + rand)` moves values that lie exactly on the grid (+3.9e-6 a
-step, always upwards). With d in grid steps and r a uniform 32-bit number,
+step, always upwards). With d in grid steps, f the fraction of |d| and r a uniform 32-bit number,
 
-    move = sign(d) * (floor|d| + [r < floor(2**32 * frac|d|)])
+    move = sign(d) * (floor|d| + [r < floor(2**32 * P)])
 
-so the bias is below 2**-32, a zero displacement never moves anything, and every operation is exact in
-float32: frac has at most 24 significant bits, and a power of two times it loses none.
+Stochastic rounding has P = f: the bias is below 2**-32, a zero displacement never moves anything, and every
+operation is exact in float32, because f has at most 24 significant bits and a power of two times it loses
+none. The other rules are there to be compared with it:
+
+    stochastic  P = f: unbiased
+    nearest     P = [f >= 1/2]: small displacements are lost, whatever their sum
+    noise       nearest after noise with a triangular density on +-1/2, which is P = 2 f**2 below 1/2 and
+                1 - 2 (1 - f)**2 above: between nearest (no noise) and stochastic (uniform noise)
+    biased      P = min(1, f + 1/128) unless d is a whole number: away from where the weight is, so that no
+                direction is too weak to move it (the signed SR-eps of arXiv 2202.12276 for a descent step)
+    learned     P = [f >= t]: deterministic, with a threshold for each tensor that is trained until the sum of
+                moves equals the sum of displacements; see `dqt.optim.threshold`
+    gated       stochastic, of the direction u |u| in place of u: moves concentrate where the momentum is
+                large against the root of the squares, that is where gradients agree over time
+    agreed      stochastic, where momentum and gradient point the same way; other weights keep still
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,8 +36,14 @@ MAX_MOVE = 2.0**24
 
 WORD_BITS = 32
 
-Rounding = Callable[[Tensor, Tensor | None], Tensor]
-"""A rounding rule: (displacement in steps, random words or None) -> whole steps, `int32`."""
+BIAS = 1 / 128
+"""Of `biased`: enough that a weight moves once in 128 steps, however weak its gradient is."""
+
+Steps = Callable[[Tensor, Tensor | None], Tensor]
+"""(displacement in steps, random words or None) -> whole steps, `int32`."""
+
+Gate = Callable[[Tensor, Tensor], Tensor]
+"""(direction, gradient) -> direction."""
 
 
 def stochastic_rounding(displacement: Tensor, random: Tensor | None, word_bits: int = WORD_BITS) -> Tensor:
@@ -38,20 +58,84 @@ def stochastic_rounding(displacement: Tensor, random: Tensor | None, word_bits: 
         `int32` tensor of whole steps.
     """
     assert random is not None, "stochastic rounding needs random words"
-    magnitude = displacement.abs().clamp_(max=MAX_MOVE)
-    whole = magnitude.floor()
-    # The cast truncates, so it is a floor.
-    threshold = ((magnitude - whole) * float(2**word_bits)).to(torch.int64)
-    steps = whole.to(torch.int32) + (random < threshold)
-    return torch.where(displacement < 0, -steps, steps)
+    whole, fraction = _split(displacement)
+    threshold = (fraction * float(2**word_bits)).to(torch.int64)  # the cast truncates, so it is a floor
+    return _signed(whole.to(torch.int32) + (random < threshold), displacement)
 
 
 def nearest_rounding(displacement: Tensor, random: Tensor | None = None) -> Tensor:
     """Rounds to the nearest whole step, halves away from zero; `random` is not used."""
+    return threshold_rounding(displacement, 0.5)
+
+
+def noise_rounding(displacement: Tensor, random: Tensor | None, word_bits: int = WORD_BITS) -> Tensor:
+    """Nearest, halves up in magnitude, of |d| plus the mean of two uniform numbers in [-1/2, 1/2)."""
+    assert random is not None, "noise needs random words"
+    whole, fraction = _split(displacement)
+    half = word_bits // 2
+    # fraction + (a + b) / 2**(half + 1) - 1/2 >= 1/2 for the word's two halves a and b
+    noise = (random >> half) + (random & (2**half - 1))
+    up = noise >= ((1.0 - fraction) * float(2 ** (half + 1))).ceil().to(torch.int64)
+    return _signed(whole.to(torch.int32) + up, displacement)
+
+
+def biased_rounding(displacement: Tensor, random: Tensor | None, word_bits: int = WORD_BITS) -> Tensor:
+    """Stochastic, with a probability that is `BIAS` too high wherever it is not zero."""
+    assert random is not None, "biased rounding needs random words"
+    whole, fraction = _split(displacement)
+    threshold = (fraction * float(2**word_bits)).to(torch.int64) + int(BIAS * 2**word_bits)
+    up = (random < threshold) & (fraction > 0)
+    return _signed(whole.to(torch.int32) + up, displacement)
+
+
+def threshold_rounding(displacement: Tensor, threshold: float) -> Tensor:
+    """Away from zero where the fraction reaches a threshold in (0, 1]."""
+    whole, fraction = _split(displacement)
+    return _signed(whole.to(torch.int32) + (fraction >= threshold), displacement)
+
+
+def _split(displacement: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole steps and fraction of the magnitude."""
     magnitude = displacement.abs().clamp_(max=MAX_MOVE)
     whole = magnitude.floor()
-    steps = (whole + (magnitude - whole >= 0.5)).to(torch.int32)
+    return whole, magnitude - whole
+
+
+def _signed(steps: Tensor, displacement: Tensor) -> Tensor:
     return torch.where(displacement < 0, -steps, steps)
 
 
-ROUNDINGS: dict[str, Rounding] = {"stochastic": stochastic_rounding, "nearest": nearest_rounding}
+def gate_by_size(direction: Tensor, gradient: Tensor) -> Tensor:
+    """u |u|."""
+    return direction * direction.abs()
+
+
+def gate_by_agreement(direction: Tensor, gradient: Tensor) -> Tensor:
+    """u where it has the gradient's sign, else 0."""
+    return torch.where(direction * gradient > 0, direction, 0.0)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A rule of rounding.
+
+    Attributes:
+        steps: Rounds a displacement; `learned` begins so, before its threshold is trained.
+        draws: Whether it takes random words.
+        gate: What becomes of the direction before; None leaves it.
+    """
+
+    steps: Steps
+    draws: bool = True
+    gate: Gate | None = None
+
+
+ROUNDINGS: dict[str, Rounding] = {
+    "stochastic": Rounding(stochastic_rounding),
+    "nearest": Rounding(nearest_rounding, draws=False),
+    "gated": Rounding(stochastic_rounding, gate=gate_by_size),
+    "agreed": Rounding(stochastic_rounding, gate=gate_by_agreement),
+    "noise": Rounding(noise_rounding),
+    "biased": Rounding(biased_rounding),
+    "learned": Rounding(nearest_rounding, draws=False),
+}

@@ -22,9 +22,11 @@ from dqt.errors import ConfigError, DqtError, NonFiniteError, did_you_mean
 from dqt.numerics import philox
 from dqt.numerics.rounding import ROUNDINGS
 from dqt.optim import checks, fused
+from dqt.optim.eco import ERROR_FEEDBACKS, feed_back
 from dqt.optim.moments import FIRST_MOMENTS, SECOND_MOMENTS, Moments, mean_squares, ordered_mean
 from dqt.optim.rule import Rule
-from dqt.optim.step import Step, gradient_matrix, matrix_shape, row_blocks, write_float
+from dqt.optim.step import Step, gradient_matrix, matrix_shape, write_float
+from dqt.optim.threshold import LearnedThreshold
 from dqt.optim.writeback import (
     DEFAULT_HYSTERESIS,
     WriteBackStats,
@@ -48,8 +50,9 @@ class Options(TypedDict, total=False):
             below 5-bit weights and 0 from there on.
         hysteresis: How far beyond a cell's boundary a weight with a residual moves before its code changes,
             in grid steps.
-        rounding: "stochastic", or "nearest" (which changes no code in strict low-bit training; for
-            comparisons).
+        rounding: "stochastic"; for comparison one of the others in `dqt.numerics.rounding`.
+        drop_smallest: Share of the smallest updates of a low-bit weight that is dropped; for comparison.
+        error_feedback: "none", or "eco"; see `dqt.optim.eco`.
         first_moment: How a first moment is kept: "none", "fp32", "bf16", "int8" or "fp8"; see
             `dqt.optim.moments`.
     """
@@ -58,6 +61,8 @@ class Options(TypedDict, total=False):
     residual_bits: int | str
     hysteresis: float
     rounding: str
+    drop_smallest: float
+    error_feedback: str
     first_moment: str
 
 
@@ -66,6 +71,8 @@ _DEFAULTS: dict[str, Any] = {
     "residual_bits": "auto",
     "hysteresis": DEFAULT_HYSTERESIS,
     "rounding": "stochastic",
+    "drop_smallest": 0.0,
+    "error_feedback": "none",
     "first_moment": "fp32",
 }
 
@@ -129,12 +136,25 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             raise ConfigError(f"seed={group['seed']} must be in [0, 2**32)")
         for key, names in (
             ("rounding", ROUNDINGS),
+            ("error_feedback", ERROR_FEEDBACKS),
             ("first_moment", FIRST_MOMENTS),
             ("second_moment", SECOND_MOMENTS),
         ):
             if (value := group.get(key)) is not None and value not in names:
                 raise ConfigError(f"unknown {key} {value!r}; {did_you_mean(value, names)}")
+        if not 0.0 <= group["drop_smallest"] < 1.0:
+            raise ConfigError(f"drop_smallest={group['drop_smallest']} must be in [0, 1)")
+        if group["error_feedback"] == "eco":
+            self._check_error_feedback(group)
         check_residual(0 if group["residual_bits"] == "auto" else group["residual_bits"], group["hysteresis"])
+
+    def _check_error_feedback(self, group: dict[str, Any]) -> None:
+        kinds = (group["first_moment"] if self.first_beta(group) else "none", group.get("second_moment"))
+        if kinds[0] != "fp32" or kinds[1] not in (None, "full", "factored") or group["residual_bits"] != 0:
+            raise ConfigError(
+                "error_feedback=eco goes into an fp32 first moment beside a full or factored second one, in "
+                "a residual's place: set residual_bits=0, or use the residual without error feedback"
+            )
 
     # -- the update rule, written by subclasses --------------------------------------------------------------
 
@@ -240,6 +260,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             rounding=group["rounding"],
             residual_bits=residual_bits,
             hysteresis=group["hysteresis"],
+            drop_smallest=group["drop_smallest"],
+            error_feedback=group["error_feedback"],
             stats=self._stats if self.collect_telemetry else None,
         )
         if isinstance(parameter, QuantizedTensor):
@@ -250,20 +272,25 @@ class QuantizedOptimizer(torch.optim.Optimizer):
     def _write(self, step: Step, weight: QuantizedTensor) -> None:
         if fused.update(step):
             return
-        for rows in row_blocks(*step.grad.shape):
-            write_back(
+        learned = LearnedThreshold(self.state[weight]) if step.rounding == "learned" else None
+        for rows, direction in step.directions():
+            lost = write_back(
                 weight,
-                step.direction(rows),
+                direction,
                 rows,
                 lr=step.rule.lr,
                 decay=step.rule.decay,
-                rounding=ROUNDINGS[step.rounding],
+                rounding=learned or ROUNDINGS[step.rounding].steps,
                 random=step.random(rows),
                 residual=step.residual,
                 residual_bits=step.residual_bits,
                 hysteresis=step.hysteresis,
                 stats=step.stats,
             )
+            if step.error_feedback == "eco":
+                feed_back(step, rows, lost)
+        if learned is not None:
+            learned.finish()
 
     def _new_state(self, parameter: Tensor, group: dict[str, Any], grad: Tensor) -> dict[str, Tensor]:
         """The tensors that a parameter's first step starts from, on the device of its gradient matrix."""

@@ -74,9 +74,9 @@ class _PaperStep(QuantizedOptimizer):
             weight.scale.clone() if self.frozen_scale else weight.scale * largest_code(weight) / fmt.qmax
         )
         if step.rounding != "stochastic" or not fused.update(step, new_scale):
-            for rows in row_blocks(*step.grad.shape):
+            for rows, direction in step.directions():
                 codes = weight.unpack_rows(rows)
-                w = codes * weight.scale - step.rule.lr * step.direction(rows)
+                w = codes * weight.scale - step.rule.lr * direction
                 w = w - step.rule.decay * w
                 value = round_value(w / new_scale, step.random(rows)).clamp_(fmt.qmin, fmt.qmax)
                 new_codes = value.to(torch.int32)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from dqt.ops.reference import exact_sqrt
 from dqt.optim.moments import Moments
 
 
@@ -74,3 +75,11 @@ class Rule:
         x = normalized(grad) if self.normalize_first else grad
         m = moments.update_first(x, rows, self.beta1, self.weight1, random)
         return m if self.normalize_first else normalized(m)
+
+    def denominator(self, moments: Moments, rows: slice) -> Tensor | float:
+        """What the first moment of some rows was divided by, for a second moment that is not rounded."""
+        if moments.inverses is not None:
+            return 1 / (moments.inverses[0][rows, None] * moments.inverses[1])
+        if moments.second == "none":
+            return 1.0
+        return exact_sqrt(moments.state["exp_avg_sq"][rows]) * self.root_factor + self.eps

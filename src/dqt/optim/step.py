@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dqt.numerics import philox
+from dqt.numerics.rounding import ROUNDINGS
 from dqt.optim.moments import Moments
 from dqt.optim.rule import Rule
 from dqt.optim.writeback import WriteBackStats
@@ -31,6 +32,8 @@ class Step:
         rounding: Of the write-back.
         residual_bits: 0 is strict.
         hysteresis: h, in grid steps.
+        drop_smallest: Share of the directions, the smallest ones, that is set to zero.
+        error_feedback: One of `ERROR_FEEDBACKS`.
         stats: Counts to add to, or None.
     """
 
@@ -43,6 +46,8 @@ class Step:
     rounding: str
     residual_bits: int
     hysteresis: float
+    drop_smallest: float
+    error_feedback: str
     stats: WriteBackStats | None
 
     @property
@@ -61,9 +66,27 @@ class Step:
         random = self._words(philox.Purpose.MOMENT, rows) if self.moments.rounded else None
         return self.rule.direction(self.grad[rows].float(), self.moments, rows, random)
 
+    def directions(self) -> Iterator[tuple[slice, Tensor]]:
+        """Rows, block by block, and what a low-bit weight is moved by: gated, without the smallest share."""
+        gate = ROUNDINGS[self.rounding].gate
+        blocks = list(row_blocks(*self.grad.shape))
+
+        def gated(rows: slice) -> Tensor:
+            direction = self.direction(rows)
+            return direction if gate is None else gate(direction, self.grad[rows].float())
+
+        if not self.drop_smallest:
+            yield from ((rows, gated(rows)) for rows in blocks)
+            return
+        # The smallest of the whole tensor are known when all are: a float copy of one tensor.
+        every = torch.cat([gated(rows) for rows in blocks])
+        count = int(self.drop_smallest * every.numel())
+        every.view(-1)[every.abs().view(-1).argsort(stable=True)[:count]] = 0.0
+        yield from ((rows, every[rows]) for rows in blocks)
+
     def random(self, rows: slice) -> Tensor | None:
         """Random words of some rows for the write-back, or None if its rounding needs none."""
-        return None if self.rounding == "nearest" else self._words(philox.Purpose.UPDATE, rows)
+        return self._words(philox.Purpose.UPDATE, rows) if ROUNDINGS[self.rounding].draws else None
 
     def _words(self, purpose: philox.Purpose, rows: slice) -> Tensor:
         columns = self.grad.shape[1]

@@ -16,6 +16,9 @@ more than `hysteresis` h, which stops a weight from flickering at a boundary:
     residual' = position' - level' * unit
 
 so that level and residual together are one (n+k)-bit number that is updated in place; there is no float copy.
+A float residual (k = 32) is the same without rounding: it is kept in grid steps, and takes the displacement
+whole. It has no kernel, and is there to know what rounding the residual costs.
+
 This equals the form "y = codes + residual - update; codes' = nearest(y) outside of the hysteresis; residual'
 = SR(y - codes')" but for the order of rounding and comparison, and is exact in integers.
 
@@ -34,10 +37,11 @@ from torch import Tensor
 from dqt import ops
 from dqt.errors import ConfigError
 from dqt.numerics.packing import packed_size
-from dqt.numerics.rounding import Rounding
+from dqt.numerics.rounding import Steps
 from dqt.tensor import QuantizedTensor
 
-RESIDUAL_BITS = (0, 2, 3, 4, 5, 6, 7, 8, 16)
+FLOAT_RESIDUAL = 32
+RESIDUAL_BITS = (0, 2, 3, 4, 5, 6, 7, 8, 16, FLOAT_RESIDUAL)
 DEFAULT_HYSTERESIS = 0.056
 
 
@@ -49,22 +53,25 @@ def default_residual_bits(weight: QuantizedTensor) -> int:
 def check_residual(residual_bits: int, hysteresis: float) -> None:
     """Raises `ConfigError` unless the residual can hold half a step plus the hysteresis."""
     if residual_bits not in RESIDUAL_BITS:
-        raise ConfigError(f"residual_bits={residual_bits} is not one of {RESIDUAL_BITS} (0 is strict)")
+        raise ConfigError(
+            f"residual_bits={residual_bits} is not one of {RESIDUAL_BITS} (0 is strict, 32 is float)"
+        )
     if not 0.0 <= hysteresis <= 0.45:
         raise ConfigError(f"hysteresis={hysteresis} must be in [0, 0.45]: the residual spans one grid step")
 
 
 def new_residual(weight: QuantizedTensor, residual_bits: int, device: torch.device | None = None) -> Tensor:
-    """A zero residual: packed `uint8` [rows, bytes] up to 8 bits, `int16` [rows, columns] for 16."""
+    """A zero residual: packed `uint8` [rows, bytes], or `int16` or `float32` [rows, columns]."""
     rows, columns, device = weight.rows, weight.shape[-1], device or weight.device
-    if residual_bits == 16:
-        return torch.zeros(rows, columns, dtype=torch.int16, device=device)
+    if residual_bits >= 16:
+        dtype = torch.int16 if residual_bits == 16 else torch.float32
+        return torch.zeros(rows, columns, dtype=dtype, device=device)
     return torch.zeros(rows, packed_size(columns, residual_bits), dtype=torch.uint8, device=device)
 
 
 def read_residual(residual: Tensor, residual_bits: int, columns: int) -> Tensor:
-    """Residual as integers in units of scale / 2**(residual_bits - 1)."""
-    return residual if residual_bits == 16 else ops.unpack(residual, residual_bits, columns, signed=True)
+    """Residual in units of scale / 2**(residual_bits - 1); in grid steps if it is float."""
+    return residual if residual_bits >= 16 else ops.unpack(residual, residual_bits, columns, signed=True)
 
 
 @dataclass
@@ -107,13 +114,13 @@ def write_back(
     *,
     lr: float,
     decay: float,
-    rounding: Rounding,
+    rounding: Steps,
     random: Tensor | None,
     residual: Tensor | None = None,
     residual_bits: int = 0,
     hysteresis: float = DEFAULT_HYSTERESIS,
     stats: WriteBackStats | None = None,
-) -> None:
+) -> Tensor:
     """Moves some rows of a weight by -(lr * direction + decay * weight), in place.
 
     Args:
@@ -128,13 +135,17 @@ def write_back(
         residual_bits: Its width k, 0 for strict.
         hysteresis: h, in grid steps.
         stats: Counts to add to, or None.
+
+    Returns:
+        What rounding and the ends of the grid kept back, in units of the weight; `float32` [rows, columns].
     """
-    fmt = weight.format
-    unit = 1 if residual is None else 2 ** (residual_bits - 1)
+    fmt, is_float = weight.format, residual_bits == FLOAT_RESIDUAL
+    unit = 1 if residual is None or is_float else 2 ** (residual_bits - 1)
     level = weight.unpack_rows(rows).to(torch.int32) - fmt.qmin
-    position = level * unit
+    rest = torch.zeros_like(level)
     if residual is not None:
-        position += read_residual(residual[rows], residual_bits, weight.shape[-1])
+        rest = read_residual(residual[rows], residual_bits, weight.shape[-1])
+        rest = rest if is_float else rest.to(torch.int32)
 
     scale = weight.scale[rows] if weight.scale.ndim else weight.scale
     # Two tensors, because a number divided by a tensor would be torch's reciprocal times the number, rounded
@@ -142,20 +153,25 @@ def write_back(
     displacement = direction * (torch.full_like(scale, lr * unit) / scale)
     if decay:
         bottom = (fmt.qmin - fmt.offset) * unit
-        displacement += (position + bottom) * decay
-    position += rounding(displacement.neg_(), random)
-    position.clamp_(0, (fmt.levels - 1) * unit)
+        displacement += (level * unit + rest + bottom) * decay
+    displacement.neg_()
+    moved = rest + (displacement if is_float else rounding(displacement, random))
+    lowest, highest = -level * unit, (fmt.levels - 1 - level) * unit
+    moved = moved.clamp(lowest.to(moved.dtype), highest.to(moved.dtype))
+    lost = (displacement - (moved - rest)) * (scale / unit)
 
     if residual is None:
-        new_level = position
+        new_level = level + moved
     else:
-        stays = (position - level * unit).abs() <= math.floor((0.5 + hysteresis) * unit)
-        new_level = torch.where(stays, level, (position + unit // 2) // unit)
-        rest = position - new_level * unit
-        residual[rows] = rest.to(torch.int16) if residual_bits == 16 else ops.pack(rest, residual_bits)
+        stays = moved.abs() <= (0.5 + hysteresis if is_float else math.floor((0.5 + hysteresis) * unit))
+        nearest = (moved + 0.5).floor().int() if is_float else (moved + unit // 2) // unit
+        new_level = level + torch.where(stays, 0, nearest)
+        rest = moved - (new_level - level) * unit
+        residual[rows] = rest.to(residual.dtype) if residual_bits >= 16 else ops.pack(rest, residual_bits)
         if stats is not None:
-            stats.residual_squares += int(rest.square().sum()) / unit**2
+            stats.residual_squares += float(rest.double().square().sum()) / unit**2
             stats.residual_elements += rest.numel()
     if stats is not None:
         stats.count(weight, level, new_level)
     weight.write_codes(new_level + fmt.qmin, rows)
+    return lost

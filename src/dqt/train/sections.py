@@ -92,9 +92,10 @@ class QuantConfig(Section):
         headroom: Factor on the rule's grid step.
         per_row: One scale a row.
         frozen_scale: Keep the grid step of the start; `paper` recomputes it at every step.
-        residual_bits: Remainder bits a weight; 0 is strict.
+        residual_bits: Remainder bits a weight; 0 is strict, 32 a float.
         hysteresis: In grid steps.
-        rounding: Of the write-back.
+        rounding: Of the write-back, one of `dqt.numerics.rounding.ROUNDINGS`.
+        error_feedback: "none", or "eco".
         forward: Product of the forward pass, "int8" or "float"; the next two are those of the backward pass.
     """
 
@@ -112,6 +113,7 @@ class QuantConfig(Section):
     residual_bits: int | None = None
     hysteresis: float | None = None
     rounding: str | None = None
+    error_feedback: str | None = None
     forward: str | None = None
     grad_input: str | None = None
     grad_weight: str | None = None
@@ -178,6 +180,7 @@ class OptimConfig(Section):
         first_moment: One of `dqt.optim.moments.FIRST_MOMENTS`.
         float_first_moment: Of float matrices.
         float_second_moment: Of float matrices.
+        drop_smallest: Share of the smallest updates of low-bit weights that is dropped.
         grad_clip: Global gradient norm to clip to; 0 does not clip.
         clip_update: Clip of each tensor's step, see `dqt.optim.AdamW`; 0 does not clip.
         warmup_steps: None is the recipe's, or a tenth of the run.
@@ -198,6 +201,7 @@ class OptimConfig(Section):
     first_moment: str | None = None
     float_first_moment: str | None = None
     float_second_moment: str | None = None
+    drop_smallest: float | None = None
     grad_clip: float | None = None
     clip_update: float | None = None
     warmup_steps: int | None = None

@@ -1,0 +1,201 @@
+"""What is there for comparison: gates, dropped updates, float residual, ECO; each against its definition."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dqt.errors import ConfigError
+from dqt.numerics.formats import parse_bits
+from dqt.numerics.packing import pack
+from dqt.numerics.rounding import ROUNDINGS
+from dqt.optim import SGD, Adafactor, AdamW
+from dqt.optim.base import QuantizedOptimizer
+from dqt.tensor import QuantizedTensor
+
+SCALE = 0.125
+
+
+def make_weight(
+    bits: str = "8", rows: int = 6, columns: int = 40, code: int | None = None
+) -> QuantizedTensor:
+    """A weight of codes away from the ends, or of one code."""
+    fmt = parse_bits(bits)
+    generator = torch.Generator().manual_seed(2)
+    codes = torch.randint(fmt.qmin // 2, fmt.qmax // 2 + 1, (rows, columns), generator=generator)
+    codes = codes if code is None else torch.full_like(codes, code)
+    weight = nn.Parameter(QuantizedTensor(pack(codes, fmt.bits), torch.tensor(SCALE), fmt, (rows, columns)))
+    assert isinstance(weight, QuantizedTensor)
+    return weight
+
+
+def step(optimizer: QuantizedOptimizer, weight: QuantizedTensor, grad: Tensor) -> Tensor:
+    """One step; by how many grid steps each weight moved."""
+    before = weight.unpack().int()
+    weight.grad = grad
+    optimizer.step()
+    return weight.unpack().int() - before
+
+
+def gradient(shape: torch.Size, number: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(number))
+
+
+# -- gates ---------------------------------------------------------------------------------------------------
+
+
+def test_gates_change_the_direction_alone() -> None:
+    u, g = torch.tensor([0.5, -0.5, 2.0, 0.0]), torch.tensor([1.0, 1.0, -1.0, 1.0])
+    size, agreement = ROUNDINGS["gated"].gate, ROUNDINGS["agreed"].gate
+    assert size is not None
+    assert agreement is not None
+    assert size(u, g).tolist() == [0.25, -0.25, 4.0, 0.0]
+    assert agreement(u, g).tolist() == [0.5, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "gated", "agreed"])
+def test_the_mean_move_is_that_of_the_gated_direction(rounding: str) -> None:
+    """100,000 weights with one gradient each: the mean move, to five standard errors."""
+    weight = make_weight(rows=100, columns=1000, code=0)
+    lr = 0.3 * SCALE
+    optimizer = SGD([("w", weight)], lr, momentum=0.5, rounding=rounding, residual_bits=0)
+    step(optimizer, weight, torch.full((100, 1000), 0.8))
+    grad = torch.full((100, 1000), -0.2)
+    grad[:50] = 0.2
+    moves = step(optimizer, weight, grad).double()
+    for rows, direction in ((slice(0, 50), 0.6), (slice(50, 100), 0.2)):  # 0.5 * 0.8 +- 0.2
+        disagrees = rounding == "agreed" and rows.start == 50
+        wanted = {"gated": direction**2}.get(rounding, direction) * (not disagrees) * 0.3
+        error = math.sqrt(wanted * (1 - wanted) / 50_000)
+        assert abs(float(moves[rows].mean()) + wanted) <= 5 * error
+
+
+def test_agreed_moves_nothing_against_its_gradient() -> None:
+    weight = make_weight()
+    optimizer = AdamW([("w", weight)], lr=2 * SCALE, rounding="agreed", residual_bits=0)
+    for number in range(5):
+        grad = gradient(weight.shape, number)
+        moves = step(optimizer, weight, grad.clone())
+        assert moves.any()
+        assert not (moves * grad > 0).any()
+
+
+# -- dropped updates -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.99])
+@pytest.mark.parametrize("rows", [6, 4000])  # one block of the reference, and several
+def test_exactly_the_smallest_share_is_dropped(share: float, rows: int) -> None:
+    weight = make_weight(rows=rows, code=0)
+    optimizer = SGD([("w", weight)], lr=3.0, drop_smallest=share, rounding="nearest", residual_bits=0)
+    # All sizes differ, and each is a move of 3 steps or more of SCALE.
+    size = 0.125 + torch.randperm(weight.numel(), generator=torch.Generator().manual_seed(0)) / weight.numel()
+    grad = (size * torch.sign(gradient(weight.shape, 1)).view(-1)).view(weight.shape)
+    moves = step(optimizer, weight, grad.clone())
+    dropped = int(share * weight.numel())
+    assert int((moves == 0).sum()) == dropped
+    if dropped:
+        assert grad.abs()[moves == 0].max() < grad.abs()[moves != 0].min()
+
+
+def test_equal_updates_are_dropped_by_share_too() -> None:
+    weight = make_weight(code=0)
+    optimizer = SGD([("w", weight)], lr=SCALE, drop_smallest=0.25, rounding="nearest", residual_bits=0)
+    assert int((step(optimizer, weight, torch.ones(weight.shape)) == 0).sum()) == weight.numel() // 4
+
+
+# -- a float residual ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", ["1", "ternary", "4", "8"])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_a_float_residual_is_a_weight_in_full(bits: str, decay: float) -> None:
+    """Code and residual together follow SGD on floats, clipped to the grid; the code is within 1/2 + h."""
+    weight, h, lr = make_weight(bits), 0.1, 0.05
+    fmt = weight.format
+    optimizer = SGD([("w", weight)], lr, weight_decay=decay, residual_bits=32, hysteresis=h)
+    value = (weight.unpack().double() - fmt.offset) * SCALE
+    ends = (fmt.qmin - fmt.offset) * SCALE, (fmt.qmax - fmt.offset) * SCALE
+    changed = 0
+    for number in range(20):
+        grad = gradient(weight.shape, number)
+        changed += int(step(optimizer, weight, grad.clone()).abs().sum())
+        value = (value * (1 - lr * decay) - lr * grad.double()).clamp(*ends)
+        rest = optimizer.state[weight]["residual"]
+        assert rest.dtype == torch.float32
+        assert rest.abs().max() <= 0.5 + h + 1e-6
+        ours = (weight.unpack().double() - fmt.offset + rest) * SCALE
+        torch.testing.assert_close(ours, value, rtol=0, atol=1e-6)
+    assert changed
+
+
+# -- ECO -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("second", ["full", "factored"])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_eco_is_algorithm_3(second: str, rounding: str) -> None:
+    """The published equations in float64, given the codes that rounding chose."""
+    weight, lr, (beta1, beta2), eps = make_weight(), 0.07, (0.9, 0.95), 1e-6
+    settings: dict[str, Any] = {"rounding": rounding, "second_moment": second, "residual_bits": 0}
+    optimizer = AdamW([("w", weight)], lr, (beta1, beta2), eps, error_feedback="eco", **settings)
+    m = v = torch.zeros(weight.shape, dtype=torch.float64)
+    for t in range(1, 8):
+        grad = gradient(weight.shape, t)
+        before = weight.dequantize().double()
+        moves = step(optimizer, weight, grad.clone())
+        m = beta1 * m + (1 - beta1) * grad.double()
+        v = beta2 * v + (1 - beta2) * grad.double() ** 2
+        row = v.mean(1, keepdim=True)
+        whole = row / row.mean() * v.mean(0) if second == "factored" else v
+        # A factored eps is relative to its row; it is small enough not to matter.
+        root = (whole / (1 - beta2**t)).sqrt() + eps
+        wanted = before - lr * m / (1 - beta1**t) / root
+        after = weight.dequantize().double()
+        assert moves.any()
+        assert ((wanted - after).abs() <= SCALE * (0.5 if rounding == "nearest" else 1) + 1e-6).all()
+        m = m + (1 - beta1**t) / lr * (1 - 1 / beta1) * root * (wanted - after)
+        torch.testing.assert_close(optimizer.state[weight]["exp_avg"].double(), m, rtol=1e-4, atol=1e-5)
+
+
+def test_eco_recovers_what_rounding_to_nearest_loses() -> None:
+    """A constant gradient too small for a step: without feedback nothing moves, with it the sum is right."""
+    moved = {}
+    for feedback in ("none", "eco"):
+        weight = make_weight(code=0)
+        optimizer = SGD(
+            [("w", weight)], 0.1 * SCALE, 0.5, rounding="nearest", error_feedback=feedback, residual_bits=0
+        )
+        for _ in range(100):
+            step(optimizer, weight, torch.ones(weight.shape))
+        moved[feedback] = float(weight.unpack().double().mean())
+    assert moved["none"] == 0.0
+    assert moved["eco"] == pytest.approx(-20.0, abs=1.0)  # 100 steps of 0.1, twice because of the momentum
+
+
+def test_a_learning_rate_of_zero_feeds_nothing_back() -> None:
+    weight = make_weight()
+    optimizer = AdamW([("w", weight)], 0.0, error_feedback="eco", residual_bits=0)
+    assert not step(optimizer, weight, torch.ones(weight.shape)).any()
+    assert optimizer.state[weight]["exp_avg"].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (AdamW, {"residual_bits": 8}),
+        (AdamW, {"residual_bits": "auto"}),
+        (AdamW, {"residual_bits": 0, "first_moment": "int8"}),
+        (AdamW, {"residual_bits": 0, "second_moment": "int8"}),
+        (AdamW, {"residual_bits": 0, "betas": (0.0, 0.95)}),
+        (SGD, {"residual_bits": 0}),
+        (Adafactor, {"residual_bits": 0, "beta1": 0.9}),
+    ],
+)
+def test_eco_refuses_what_it_is_not_published_for(kind: Any, settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="error_feedback=eco"):
+        kind([("w", make_weight())], error_feedback="eco", **settings)
