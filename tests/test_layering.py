@@ -44,6 +44,10 @@ LAYERS = (
     "inspection",
     "plots",
     "report",
+    "compare.statistics",
+    "compare.tuning",
+    "compare.suites",
+    "compare",
     "doctor",
     "cli",
     "__main__",
@@ -120,6 +124,8 @@ def test_free_modules_import_only_the_errors(module: str) -> None:
         "import dqt.cli; dqt.cli.main(['train', '--preset', 'tinny'])",
         "import dqt.cli; dqt.cli.main(['trian'])",
         "import dqt.cli; dqt.cli.main(['eval', 'no-such-run'])",
+        "import dqt.cli; dqt.cli.main(['compare', '--help'])",
+        "import dqt.cli; dqt.cli.main(['compare', 'mian'])",
     ],
 )
 def test_command_line_starts_light(statement: str) -> None:

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dqt import ops
+from dqt.nn import set_quantized_weight
+from dqt.numerics.formats import parse_bits
 from dqt.quantize import Left, QuantizeReport, linear_modules
+from dqt.tensor import QuantizedTensor
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -47,6 +50,19 @@ class BitLinear(nn.Linear):
             input_q = (codes.float() * scale[:, None]).to(input.dtype).view(input.shape)
         weight = _StraightThrough.apply(self.weight, weight_q)
         return F.linear(_StraightThrough.apply(input, input_q), weight, self.bias)
+
+
+@torch.no_grad()
+def ternarize_(model: nn.Module) -> None:
+    """Makes the low-bit weights of a model's linear layers ternary, in place, as BitNet would: the paper's
+    ternary inference of a model that was trained in more bits. The output head and embeddings stay."""
+    for _, module in linear_modules(model):
+        weight = module.weight
+        if isinstance(weight, QuantizedTensor):
+            floats = weight.dequantize()
+            scale = floats.abs().mean().clamp_min(1e-5)
+            ternary = QuantizedTensor.from_float(floats, scale, parse_bits("ternary"), weight.products)
+            set_quantized_weight(module, nn.Parameter(ternary))
 
 
 def bitnet_(model: nn.Module) -> QuantizeReport:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dqt import __version__
+from dqt.compare import command as compare
 from dqt.errors import ConfigError, DataError, DqtError, ModelError, did_you_mean
 
 if TYPE_CHECKING:
@@ -158,6 +159,10 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     plan.add_argument("--budget", metavar="SIZE", help="what it must fit into, instead of all of the device")
     _add_json(plan)
 
+    arms = _add(commands, "compare", _compare, "methods and settings, with seeds and intervals")
+    compare.add_arguments(arms)
+    _add_set(arms)
+
     evaluate = _add(commands, "eval", _eval, "loss, perplexity and bits a byte on held-out or any text")
     _add_run(evaluate)
     evaluate.add_argument(
@@ -205,6 +210,10 @@ def _add_settings(parser: _Parser) -> None:
     parser.add_argument(
         "--text", nargs="+", metavar="PATH", help="text files and folders to train on, instead of --data"
     )
+    _add_set(parser)
+
+
+def _add_set(parser: _Parser) -> None:
     parser.add_argument(
         "--set",
         action="append",
@@ -265,6 +274,10 @@ def _plan(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(arguments: argparse.Namespace) -> int:
+    return compare.run(arguments, _set_values(arguments))
+
+
 def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the flags set, by key of the config; the later of two that set the same key wins, `--set` last."""
     given = vars(arguments)
@@ -277,6 +290,12 @@ def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError("--text and --data both say what to train on: give one of them")
     if arguments.text or arguments.data is not None:
         values["data.text"] = arguments.text or []
+    return values | _set_values(arguments)
+
+
+def _set_values(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `--set` sets."""
+    values: dict[str, Any] = {}
     for setting in arguments.set:
         key, equals, value = setting.partition("=")
         if not equals or not key.strip():

@@ -30,11 +30,15 @@ class WriteError(ModelError):
     """A file or directory that can't be written, for want of space or permission; the old one is intact."""
 
 
-class NonFiniteError(DqtError):
+class DivergedError(DqtError):
+    """Training that has left the numbers it can go on from; the same run would end at the same step again."""
+
+
+class NonFiniteError(DivergedError):
     """NaN or Inf in a loss, a gradient or an update; the named tensor was not changed."""
 
 
-class LossSpikeError(DqtError):
+class LossSpikeError(DivergedError):
     """A loss far above those before it; nothing was changed."""
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ class RunSeries:
 def draw_all(run: RunSeries, theme: Theme) -> dict[str, bytes]:
     """Draws every figure that the run has data for; returns PNG files by name."""
     figures = {"loss": _loss, "flips": _flips, "codes": _codes, "training": _training}
-    drawn = {name: _render(draw, run, theme) for name, draw in figures.items()}
+    drawn = {name: draw(partial(plot, run), theme) for name, plot in figures.items()}
     return {name: png for name, png in drawn.items() if png is not None}
 
 
@@ -75,7 +76,17 @@ def smooth(values: np.ndarray, span: int) -> np.ndarray:
     return (total[index + reach + 1] - total[index - reach]) / (2 * reach + 1)
 
 
-def _render(draw: Callable[[RunSeries, Any, Theme], bool], run: RunSeries, theme: Theme) -> bytes | None:
+def draw(plot: Callable[[Any, Theme], bool], theme: Theme, steps: bool = True) -> bytes | None:
+    """Draws one figure.
+
+    Args:
+        plot: Draws on a matplotlib figure, and says whether there was anything to draw.
+        theme: Its colours.
+        steps: Whether the horizontal axes count steps, which are whole numbers.
+
+    Returns:
+        A PNG file; None if it would be empty.
+    """
     import matplotlib
     from cycler import cycler
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -105,10 +116,10 @@ def _render(draw: Callable[[RunSeries, Any, Theme], bool], run: RunSeries, theme
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(7.2, 3.6), layout="constrained", dpi=144)
         FigureCanvasAgg(figure)
-        if not draw(run, figure, theme):
+        if not plot(figure, theme):
             return None
-        for axes in figure.axes:
-            axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))  # a step is a whole number
+        for axes in figure.axes if steps else ():
+            axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", metadata={"Software": None})
         return buffer.getvalue()

@@ -24,7 +24,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from dqt.errors import ConfigError, DqtError
+from dqt.errors import ConfigError, DivergedError
 from dqt.optim import fused
 from dqt.optim.adafactor import Adafactor
 from dqt.optim.adamw import AdamW
@@ -61,7 +61,7 @@ class _PaperStep(QuantizedOptimizer):
     ) -> float:
         norm = super().check_gradient(name, parameter, unchanged)
         if isinstance(parameter, QuantizedTensor) and not self.frozen_scale and largest_code(parameter) <= 0:
-            raise DqtError(
+            raise DivergedError(
                 f"{name} has no positive weight left at step {self.state[parameter].get('step', 0) + 1}, so "
                 f"the paper's scale, taken from the signed maximum, is undefined; {unchanged}. Lower the "
                 "learning rate, or use another method"

@@ -1,0 +1,321 @@
+"""A suite from arms to results: tune every arm's learning rate, then run it on every seed.
+
+Everything that can be refused is refused before the first run: settings that make no config, sizes that make
+no model, text that can't be read. Final runs go seed by seed through all arms, so that a suite that is
+stopped early still has arms to compare. Warm-up is a tenth of a run at the most, so that a recipe made for
+20,000 steps learns something in 1,500.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from dqt.baselines import ternarize_
+from dqt.compare import pool as pools
+from dqt.compare.runs import MISSING, Outcome, Run, fingerprint, place
+from dqt.compare.suites import QUICK, Arm, Suite
+from dqt.compare.tuning import MOST_RATES, best_rate, next_rates
+from dqt.data.prepare import Corpus, prepare_corpus
+from dqt.data.tokenizer import token_byte_lengths
+from dqt.errors import ConfigError, did_you_mean
+from dqt.evaluate import evaluate
+from dqt.models import build_config
+from dqt.train import storage
+from dqt.train.config import Config, required, resolve
+from dqt.train.metrics import Console
+from dqt.train.rundir import FINISHED
+from dqt.train.savedmodel import load_model
+
+TUNING_SHARE = 4
+"""How many times shorter the runs are that find the learning rate."""
+
+TUNING_SEED = 1000
+"""No final run has it."""
+
+QUICK_SEEDS, QUICK_RATES = 2, 3
+
+ALWAYS: Mapping[str, Any] = {"train.threads": 1, "train.sample_tokens": 0, "train.keep_checkpoints": 1}
+
+
+@dataclass
+class ArmResult:
+    """What an arm came to.
+
+    Attributes:
+        arm: The arm.
+        config: Of its runs, but for seed and learning rate.
+        rate: Its learning rate; None while it is not known.
+        tuning: Learning rate to outcome of the runs that found it; empty if it was not tuned.
+        runs: Seed to the final runs.
+        outcomes: Seed to what came of them.
+    """
+
+    arm: Arm
+    config: Config
+    rate: float | None = None
+    tuning: dict[float, Run] = field(default_factory=dict)
+    tuning_outcomes: dict[float, Outcome] = field(default_factory=dict)
+    runs: dict[int, Run] = field(default_factory=dict)
+    outcomes: dict[int, Outcome] = field(default_factory=dict)
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """Seed to loss of the runs that have one."""
+        return {seed: each.loss for seed, each in self.outcomes.items() if math.isfinite(each.loss)}
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of its row must know."""
+        seeds: dict[str, list[str]] = {}
+        for seed, outcome in self.outcomes.items():
+            if outcome.state != FINISHED:
+                seeds.setdefault(pools.describe(outcome), []).append(str(seed))
+        found = [f"seed {', '.join(which)} {what}" for what, which in seeds.items()]
+        if self.rate is None and self.tuning_outcomes:
+            worst = self.tuning_outcomes[min(self.tuning_outcomes)]
+            found.append(f"no learning rate works: {min(self.tuning_outcomes):.3g} {pools.describe(worst)}")
+        elif len(self.tuning_outcomes) > 1 and self.rate in (
+            min(self.tuning_outcomes),
+            max(self.tuning_outcomes),
+        ):
+            found.append("the best rate is at an end of those tried")
+        return found
+
+
+class Experiment:
+    """A suite on its way to results.
+
+    Args:
+        suite: Which arms.
+        folder: Where runs and results go.
+        seeds: How many; None is the suite's number.
+        tuned: Whether to tune learning rates; None is the suite's choice.
+        quick: Run a minute to see that it works.
+        jobs: Runs at a time.
+        settings: "section.key" to value, over everything that the suite says.
+        stream: Where to tell how it goes; None is silent.
+
+    Raises:
+        DqtError: A setting or text that can't be used.
+    """
+
+    def __init__(
+        self,
+        suite: Suite,
+        folder: Path,
+        *,
+        seeds: int | None = None,
+        tuned: bool | None = None,
+        quick: bool = False,
+        jobs: int = 1,
+        settings: Mapping[str, Any] | None = None,
+        stream: TextIO | None = None,
+    ) -> None:
+        self.suite, self.folder, self.quick = suite, folder, quick
+        self.seeds = range(seeds or (min(suite.seeds, QUICK_SEEDS) if quick else suite.seeds))
+        self.tuned = suite.tuned if tuned is None else tuned
+        self.settings = {**(settings or {}), **(QUICK if quick else {})}
+        self.interrupted = False
+        self.console = Console(stream)
+        self.pool = pools.Pool(folder, jobs, self.console, live=stream is not None and stream.isatty())
+        self.corpora: dict[Any, Corpus] = {}
+        self.results = [self._result(arm) for arm in suite.arms]
+        self._titles: dict[Path, str] = {}
+
+    @property
+    def trained(self) -> list[ArmResult]:
+        """Those of the arms that train models of their own."""
+        return [each for each in self.results if each.arm.ternary_inference_of is None]
+
+    def run(self) -> None:
+        """Runs everything that has not been run yet; `results` has what came of it, even when interrupted.
+
+        Raises:
+            DqtError: Text that can't be used.
+        """
+        self.prepare()
+        try:
+            if self.tuned:
+                self._tune()
+            self._train()
+        except KeyboardInterrupt:
+            self.interrupted = True
+        for result in self.results:
+            if result.arm.ternary_inference_of is not None:
+                self._evaluate(result)
+
+    def prepare(self) -> None:
+        """Reads the text of every arm, once, before any process needs it."""
+        for result in self.trained:
+            spec = result.config.data.spec()
+            if spec not in self.corpora:
+                self.corpora[spec] = prepare_corpus(spec, None, self.console.say)
+            self.corpora[spec].require_length(required(result.config.train.seq_len))
+
+    def expected_seconds(self) -> float:
+        """About how long it takes on `jobs` cores of the machine of docs/results.md, from the start."""
+        rates = (
+            (QUICK_RATES if self.quick else 3.5) if self.tuned else 0
+        )  # about every second grid is extended
+        finals = {fingerprint(each.config): each.config for each in self.trained}
+        shorter = [self._shortened(each) for each in self.trained]
+        tuning = {fingerprint(config): config for config in shorter}
+        total = len(self.seeds) * sum(map(pools.expected_seconds, finals.values()))
+        return (total + rates * sum(map(pools.expected_seconds, tuning.values()))) / self.pool.jobs
+
+    # -- configs ---------------------------------------------------------------------------------------------
+
+    def _result(self, arm: Arm) -> ArmResult:
+        if arm.ternary_inference_of is not None:
+            of = next(each for each in self.suite.arms if each.name == arm.ternary_inference_of)
+            return ArmResult(arm, self._config(of))
+        return ArmResult(arm, self._config(arm))
+
+    def _config(self, arm: Arm) -> Config:
+        """The arm's resolved config."""
+        values = {**self.suite.settings, **arm.settings, **self.settings, **ALWAYS}
+        try:
+            config = Config().override(values)
+            resolved = resolve(config)
+            build_config(resolved.model.preset, resolved.model.arch, overrides=resolved.model.overrides)
+        except ConfigError as error:
+            raise ConfigError(f"arm {arm.name!r}: {error}") from error
+        steps = required(resolved.train.steps)
+        warmup = config.optim.warmup_steps
+        if warmup is None:
+            warmup = min(required(resolved.optim.warmup_steps), steps // 10)
+        every = config.train.eval_every or steps
+        return resolved.override({"optim.warmup_steps": warmup, "train.eval_every": every})
+
+    def _shortened(self, result: ArmResult) -> Config:
+        """The config of the runs that find the learning rate."""
+        config = result.config
+        full, warmup = required(config.train.steps), required(config.optim.warmup_steps)
+        steps = min(full, result.arm.tuning_steps or max(1, full // TUNING_SHARE))
+        values = {
+            "train.steps": steps,
+            "train.eval_every": steps,
+            "train.checkpoint_every": steps,
+            "train.log_every": max(1, steps // 500),
+            "train.seed": TUNING_SEED,
+            "optim.warmup_steps": warmup * steps // full,
+        }
+        return config.override(values)
+
+    def _place(self, config: Config, title: str) -> Run:
+        run = place(config, self.folder / "runs", self.corpora[config.data.spec()].hash)
+        self._titles.setdefault(run.directory.path, title)
+        return run
+
+    # -- phases ----------------------------------------------------------------------------------------------
+
+    def _tune(self) -> None:
+        """Rounds of runs until every arm's best rate is known."""
+        most = QUICK_RATES if self.quick else MOST_RATES
+        while True:
+            for result in self.trained:
+                for rate in self._wanted(result, most):
+                    config = self._shortened(result).override({"optim.lr": rate})
+                    result.tuning[rate] = self._place(config, f"{result.arm.name}, lr {rate:.3g}, tuning")
+            runs = [
+                run
+                for result in self.trained
+                for rate, run in result.tuning.items()
+                if rate not in result.tuning_outcomes
+            ]
+            if not runs:
+                break
+            self.pool.run(runs, self._titles, self._final_seconds)
+            for result in self.trained:
+                for rate, run in result.tuning.items():
+                    result.tuning_outcomes[rate] = self.pool.outcomes[run.directory.path]
+        for result in self.trained:
+            result.rate = best_rate(_losses(result.tuning_outcomes))
+
+    def _wanted(self, result: ArmResult, most: int) -> list[float]:
+        center = result.config.optim.lr
+        assert center is not None
+        return next_rates(center, _losses(result.tuning_outcomes), most)
+
+    def _train(self) -> None:
+        """The final runs, seed by seed."""
+        for result in self.trained:
+            if not self.tuned:
+                result.rate = result.config.optim.lr
+            if result.rate is None:
+                continue
+            for seed in self.seeds:
+                config = result.config.override({"optim.lr": result.rate, "train.seed": seed})
+                title = f"{result.arm.name}, lr {result.rate:.3g}, seed {seed}"
+                result.runs[seed] = self._place(config, title)
+        try:
+            runs = [each.runs[seed] for seed in self.seeds for each in self.trained if seed in each.runs]
+            self.pool.run(runs, self._titles)
+        finally:
+            for result in self.trained:
+                for seed, run in result.runs.items():
+                    result.outcomes[seed] = self.pool.outcomes.get(run.directory.path, Outcome(MISSING))
+
+    def _final_seconds(self) -> float:
+        return len(self.seeds) * sum(pools.expected_seconds(each.config) for each in self.trained)
+
+    def _evaluate(self, result: ArmResult) -> None:
+        """Measures the finished models of another arm with ternary weights."""
+        of = next(each for each in self.results if each.arm.name == result.arm.ternary_inference_of)
+        result.rate = of.rate
+        for seed, run in of.runs.items():
+            outcome = of.outcomes[seed]
+            if outcome.state == FINISHED:
+                loss = ternary_loss(run, self.corpora[run.config.data.spec()])
+                outcome = Outcome(FINISHED, outcome.step, summary={**outcome.summary, "val_loss": loss})
+            result.runs[seed], result.outcomes[seed] = run, outcome
+
+
+def ternary_loss(run: Run, corpus: Corpus) -> float:
+    """Validation loss of a finished run's model with its linear weights made ternary; measured once."""
+    kept = run.directory.path / "ternary.json"
+    manifest = hashlib.sha256((run.directory.model / storage.MANIFEST).read_bytes()).hexdigest()
+    if kept.is_file() and (content := storage.load_json(kept)).get("model") == manifest:
+        return float(content["val_loss"])
+    model, tokenizer, _ = load_model(run.directory.path)
+    ternarize_(model)
+    train = run.config.train
+    loss = evaluate(
+        model,
+        corpus.val,
+        required(train.seq_len),
+        train.eval_windows,
+        token_bytes=token_byte_lengths(tokenizer),
+        batch_size=required(train.batch_size),
+    ).loss
+    storage.write_text(kept, storage.to_json({"model": manifest, "val_loss": loss}))
+    return loss
+
+
+def select(suite: Suite, patterns: list[str]) -> Suite:
+    """The suite with those of its arms that a pattern names, and what they are measured against.
+
+    Raises:
+        ConfigError: If a pattern names none.
+    """
+    names = [arm.name for arm in suite.arms]
+    chosen: set[str] = set()
+    for pattern in patterns:
+        found = fnmatch.filter(names, pattern)
+        if not found:
+            raise ConfigError(f"no arm of {suite.name} is {pattern!r}; {did_you_mean(pattern, names)}")
+        chosen.update(found)
+    for arm in suite.arms:
+        if arm.name in chosen and arm.ternary_inference_of is not None:
+            chosen.add(arm.ternary_inference_of)
+    return replace(suite, arms=tuple(arm for arm in suite.arms if arm.name in chosen))
+
+
+def _losses(outcomes: Mapping[float, Outcome]) -> dict[float, float]:
+    return {rate: outcome.loss for rate, outcome in outcomes.items()}

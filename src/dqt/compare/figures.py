@@ -1,0 +1,130 @@
+"""The plots of a comparison: loss against bytes (the frontier), loss and flips over the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from dqt.errors import DqtError
+from dqt.memory import format_bytes
+from dqt.plots import LIGHT, Theme, column, draw, smooth
+from dqt.report import read_run
+
+Content = Mapping[str, Any]
+
+
+def draw_all(content: Content) -> dict[str, bytes]:
+    """PNG files by name, from the content of `results.json`; those that would be empty are left out."""
+    figures = {"frontier": _frontier, "curves": _curves, "flips": _flips}
+    drawn = {
+        name: draw(partial(plot, content), LIGHT, steps=name != "frontier") for name, plot in figures.items()
+    }
+    return {name: png for name, png in drawn.items() if png is not None}
+
+
+def frontier(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those of the points (bytes, loss) that no other beats in both, by bytes."""
+    best: list[tuple[float, float]] = []
+    for point in sorted(points):
+        if not best or point[1] < best[-1][1]:
+            best.append(point)
+    return best
+
+
+def _frontier(content: Content, figure: Any, theme: Theme) -> bool:
+    arms = [arm for arm in content["arms"] if arm["loss"]["mean"] is not None and arm["state_bytes"]]
+    if not arms:
+        return False
+    figure.set_size_inches(7.2, 7.2)
+    kinds = (
+        ("bytes_a_weight", "bytes a linear weight: codes, remainder, moments"),
+        ("state_bytes", "bytes of the whole training state, gradients too"),
+    )
+    for axes, (key, label) in zip(figure.subplots(2, 1), kinds, strict=True):
+        points = [(arm[key], arm["loss"]["mean"]) for arm in arms]
+        line = frontier(points)
+        axes.step(*zip(*line, strict=True), where="post", color=theme.faint, zorder=1)
+        halves = [arm["loss"]["half"] or 0.0 for arm in arms]
+        axes.errorbar(*zip(*points, strict=True), yerr=halves, fmt="o", color=theme.curves[0], markersize=4)
+        axes.set_xscale("log")
+        low, high = min(point[0] for point in points), max(point[0] for point in points)
+        ticks = [tick * 10.0**power for power in range(-1, 13) for tick in (1, 1.5, 2, 3, 4, 5, 6, 8)]
+        axes.set_xticks([tick for tick in ticks if 0.9 * low < tick < 1.1 * high], minor=False)
+        axes.xaxis.set_major_formatter(lambda value, _, key=key: _size(value, key))
+        axes.set_xticks([], minor=True)
+        axes.set(xlabel=label, ylabel="loss, nats a token")
+        axes.margins(0.12)
+        _label(axes, points, [arm["arm"] for arm in arms])
+    return True
+
+
+def _size(value: float, key: str) -> str:
+    return f"{value:g}" if key == "bytes_a_weight" else format_bytes(value)
+
+
+def _label(axes: Any, points: list[tuple[float, float]], names: list[str]) -> None:
+    """Names beside their points, moved up where they would lie over each other."""
+    (left, right), (bottom, top) = np.log(axes.get_xlim()), axes.get_ylim()
+    height = (top - bottom) / 22
+    taken: list[tuple[float, float]] = []
+    for (x, y), name in sorted(zip(points, names, strict=True), key=lambda each: each[0][1]):
+        at, place = np.log(x), y
+        while any(
+            abs(at - other) < 0.3 * (right - left) and abs(place - old) < height for other, old in taken
+        ):
+            place += height / 4
+        taken.append((at, place))
+        before = at > (left + right) / 2
+        axes.annotate(
+            name,
+            (x, place),
+            xytext=(-5 if before else 5, 0),
+            textcoords="offset points",
+            ha="right" if before else "left",
+            va="center",
+            fontsize=6,
+        )
+
+
+def _curves(content: Content, figure: Any, theme: Theme) -> bool:
+    return _over_steps(content, figure, "loss", "training loss (smoothed), nats a token")
+
+
+def _flips(content: Content, figure: Any, theme: Theme) -> bool:
+    return _over_steps(content, figure, "flip_rate", "share of codes that changed in a step", log=True)
+
+
+def _over_steps(content: Content, figure: Any, key: str, label: str, log: bool = False) -> bool:
+    """A curve an arm, of its first finished seed."""
+    import matplotlib
+
+    series: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for arm in content["arms"]:
+        finished = [run for run in arm["runs"] if run["state"] == "finished"]
+        try:
+            lines = read_run(finished[0]["directory"]).training if finished else []
+        except DqtError:  # deleted since
+            lines = []
+        steps, values = column(lines, key)
+        if len(steps) and not any(np.array_equal(values, other) for _, other in series.values()):
+            series[arm["arm"]] = steps, values
+    if not series:
+        return False
+    figure.set_size_inches(7.2, 4.4 + 0.08 * len(series))
+    axes = figure.subplots()
+    colors = matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, len(series)))
+    for (name, (steps, values)), color in zip(series.items(), colors, strict=True):
+        axes.plot(steps, smooth(values, max(1, len(steps) // 20)), color=color, linewidth=1, label=name)
+    if log:
+        axes.set_yscale("log")
+    else:
+        late = [values[len(values) // 10 :] for _, values in series.values()]
+        axes.set_ylim(
+            min(map(np.min, late)) - 0.05, max(float(np.quantile(values, 0.98)) for values in late) + 0.05
+        )
+    axes.set(xlabel="step", ylabel=label)
+    axes.legend(fontsize=6, ncols=2)
+    return True
