@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from dqt import __version__
 from dqt.compare import command as compare
 from dqt.errors import ConfigError, DataError, DqtError, ModelError, did_you_mean
+from dqt.export import command as export_command
 
 if TYPE_CHECKING:
     from dqt.train.config import Config
@@ -183,6 +184,11 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         "--temperature", type=float, default=0.8, metavar="T", help="0 takes the likeliest (default: 0.8)"
     )
     sample.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)")
+
+    export = _add(commands, "export", export_command.run, "write a model for transformers or llama.cpp")
+    _add_run(export)
+    export_command.add_arguments(export)
+    _add_json(export)
 
     inspect = _add(
         commands, "inspect", _inspect, "what every weight is stored as, and that no float copy exists"

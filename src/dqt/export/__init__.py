@@ -1,0 +1,1 @@
+"""Export: a finished model as files for other programs, and the proof that they compute the same."""

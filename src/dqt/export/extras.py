@@ -1,0 +1,32 @@
+"""Packages that only some commands need: imported when asked for, and named where they are missing."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from dqt.errors import ConfigError
+
+# What each extra of pyproject.toml is for.
+PURPOSES = {
+    "gguf": "writes GGUF files",
+    "xllamacpp": "is llama.cpp, in which --verify runs a GGUF file",
+    "accelerate": "is what transformers loads BitNet weights with",
+    "lm_eval": "is the evaluation harness that runs --tasks",
+}
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Imports a package of an extra.
+
+    Raises:
+        ConfigError: If it is missing.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != module.partition(".")[0]:
+            raise
+        raise ConfigError(
+            f"{module} is not installed, which {PURPOSES[module]}: pip install 'dqt[{extra}]'"
+        ) from None

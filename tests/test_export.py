@@ -1,0 +1,295 @@
+"""Exports compute what `dqt` computes, in the real other programs; what can't be exported is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from dqt.cli import main
+from dqt.errors import ModelError
+from dqt.export import gguf_file, gguf_vocab, hf
+from dqt.export.command import export
+from dqt.export.llama_cpp import next_log_probs
+from dqt.export.source import load_source
+from export_helpers import VOCABULARY, saved_model
+
+TEXT = [os.__file__]
+GROUPED = {"num_key_value_heads": 2}
+
+# What is exported, where to, and what the GGUF file holds most of.
+CASES: list[tuple[dict[str, Any], str, str | None]] = [
+    ({}, "hf", None),
+    ({"bits": 8}, "hf", None),
+    ({"bits": 3, "arch": "bitnet", "sizes": {"tie_word_embeddings": False}}, "hf", None),
+    ({"bits": None, "method": "bitnet"}, "hf", None),
+    ({"bits": None, "method": "fp32"}, "hf", None),
+    ({"bits": 4, "method": "paper"}, "hf", None),
+    ({}, "hf-bitnet", None),
+    ({"arch": "bitnet", "sizes": {"tie_word_embeddings": False}}, "hf-bitnet", None),
+    ({"rules": {"*.o_proj": None}}, "hf-bitnet", None),
+    ({"bits": None, "method": "bitnet"}, "hf-bitnet", None),
+    ({"sizes": GROUPED}, "gguf", "TQ2_0"),
+    ({"arch": "bitnet"}, "gguf", "TQ2_0"),
+    ({"bits": 1}, "gguf", "Q1_0"),
+    ({"bits": 2, "sizes": GROUPED, "per_row": True}, "gguf", "TQ2_0"),
+    ({"bits": 3}, "gguf", "Q4_0"),
+    ({"bits": 4, "rules": {"*embed_tokens": 8}}, "gguf", "Q4_0"),
+    ({"bits": 8, "sizes": {"tie_word_embeddings": False}}, "gguf", "Q8_0"),
+    ({"bits": 4, "method": "paper"}, "gguf", "Q4_0"),
+    ({"bits": None, "method": "fp32"}, "gguf", "F16"),
+]
+
+
+@pytest.mark.parametrize(("model", "target", "kind"), CASES, ids=str)
+def test_computes_the_same(model: dict[str, Any], target: str, kind: str | None, tmp_path: Path) -> None:
+    result = export(saved_model(tmp_path, **model), target, verify_tokens=60, text=TEXT)
+    assert result.agreement is not None
+    assert result.agreement.holds
+    assert result.agreement.tokens >= 60
+    card = (result.path / "README.md").read_text(encoding="utf-8")
+    assert "# m\n\nTrained with dqt" in card
+    assert str(result.agreement) in card
+    if target == "gguf":
+        reader = gguf.GGUFReader(result.path / "m.gguf")
+        kinds = [tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1]
+        assert max(set(kinds), key=kinds.count) == kind
+    else:
+        assert {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"} <= set(
+            result.files
+        )
+
+
+def test_rows_in_the_wrong_order_do_not_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = saved_model(tmp_path)
+    monkeypatch.setattr(gguf_file, "_row_order", lambda *arguments: None)
+    with pytest.raises(ModelError, match="does not compute what dqt does, nothing was written"):
+        export(run, "gguf", verify_tokens=60, text=TEXT)
+    assert not (run / "export").exists() or not any((run / "export").iterdir())
+
+
+def test_the_other_meaning_of_the_scale_does_not_verify(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = saved_model(tmp_path)
+    monkeypatch.setattr(torch.Tensor, "reciprocal", lambda scale: scale)
+    with pytest.raises(ModelError, match="does not compute what dqt does"):
+        export(run, "hf-bitnet", verify_tokens=60, text=TEXT)
+
+
+@pytest.mark.parametrize(
+    ("bits", "width", "kinds"),
+    [("ternary", 128, {"Q4_0"}), ("1", 96, {"Q4_0"}), (8, 48, {"F32"}), ("ternary", 48, {"F16"})],
+    ids=str,
+)
+def test_rows_that_fit_no_block_go_into_a_larger_type_when_asked(
+    bits: str | int, width: int, kinds: set[str], tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": width, "intermediate_size": width, "num_attention_heads": 2}
+    run = saved_model(tmp_path, bits=bits, sizes=sizes)
+    with pytest.raises(ModelError, match=rf"rows of {width}.*\n.*--lossless"):
+        export(run, "gguf")
+    assert not (run / "export" / "gguf").exists()
+    result = export(run, "gguf", lossless=True)
+    assert any(f"rows of {width}" in note for note in result.notes)
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(result.path / "m.gguf").tensors}
+    assert {t.tensor_type.name for name, t in found.items() if "ffn_up" in name} == kinds
+    tensor = found["blk.0.ffn_up.weight"]
+    values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    weight = load_source(run).model.get_parameter("model.layers.0.mlp.up_proj.weight")
+    assert np.array_equal(values, weight.dequantize().numpy())
+
+
+REFUSED: list[tuple[dict[str, Any], str, str]] = [
+    ({"arch": "bitnet", "sizes": {"tie_word_embeddings": False}}, "gguf", "has a head of its own"),
+    ({"bits": 4}, "hf-bitnet", "has 4 bits: use --to hf"),
+    ({"per_row": True}, "hf-bitnet", "one scale a tensor"),
+    ({"bits": None, "method": "fp32"}, "hf-bitnet", "has no ternary weights"),
+    ({"sizes": {"intermediate_size": 254}}, "hf-bitnet", "254 rows"),
+]
+
+
+@pytest.mark.parametrize(("model", "target", "message"), REFUSED, ids=str)
+def test_what_a_format_cannot_hold_is_refused(
+    model: dict[str, Any], target: str, message: str, tmp_path: Path
+) -> None:
+    run = saved_model(tmp_path, **model)
+    with pytest.raises(ModelError, match=message):
+        export(run, target)
+    assert not (run / "export" / target).exists()
+
+
+AWKWARD = [
+    "don't  we'll\tHE'S\r\n\n   x=1_000  \n",
+    "naïve Straße 北京 \u200b\u00a0 e\u0301 🙂👩‍👩‍👧 ½²३",
+    "<|endoftext|> is text here",
+    "    def f(a: int=0) -> None:  # ???!!!\n        return ...",
+]
+
+
+def test_llama_cpp_splits_any_text_as_the_tokenizer_does(tmp_path: Path) -> None:
+    run = saved_model(tmp_path)
+    source = load_source(run)
+    path = export(run, "gguf").path / "m.gguf"
+    for ids, text in zip(next_log_probs(path, [], AWKWARD, VOCABULARY)[1], AWKWARD, strict=True):
+        source.tokenizer.core.encode_special_tokens = True
+        assert ids == source.tokenizer.core.encode(text, add_special_tokens=False).ids
+
+
+def test_a_damaged_gguf_file_is_one_clear_message(tmp_path: Path) -> None:
+    path = export(saved_model(tmp_path), "gguf").path / "m.gguf"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ModelError, match=r"llama.cpp does not run .*m\.gguf: .{10}") as caught:
+        next_log_probs(path, [[1, 2]], [], VOCABULARY)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def tokenizer_with(tmp_path: Path, **changes: Any) -> Any:
+    from tokenizers import Tokenizer
+
+    from dqt.data.tokenizer import TextTokenizer
+
+    source = load_source(saved_model(tmp_path))
+    definition = json.loads(source.tokenizer.core.to_str())
+    definition["model"] |= changes.pop("model", {})
+    return TextTokenizer(Tokenizer.from_str(json.dumps(definition | changes)))
+
+
+def split(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+GPT2 = BYTES | {"use_regex": True}
+DIGITS = {"type": "Digits", "individual_digits": True}
+PRE_TOKENIZERS: list[tuple[dict[str, Any], str]] = [
+    (GPT2, "gpt-2"),
+    ({"type": "Sequence", "pretokenizers": [DIGITS, GPT2]}, "smollm"),
+    ({"type": "Sequence", "pretokenizers": [split(gguf_vocab._QWEN_2), BYTES]}, "qwen2"),
+]
+
+
+@pytest.mark.parametrize(("pre_tokenizer", "name"), PRE_TOKENIZERS, ids=str)
+def test_llama_cpp_knows_the_pre_tokenizer(pre_tokenizer: dict[str, Any], name: str, tmp_path: Path) -> None:
+    run = saved_model(tmp_path)
+    source = dataclasses.replace(
+        load_source(run), tokenizer=tokenizer_with(tmp_path, pre_tokenizer=pre_tokenizer)
+    )
+    gguf_file.write_gguf(source, tmp_path / "m.gguf")
+    field = gguf.GGUFReader(tmp_path / "m.gguf").fields["tokenizer.ggml.pre"]
+    assert field.contents() == name
+    source.tokenizer.core.encode_special_tokens = True
+    texts = [*AWKWARD, "12345 67 x89"]
+    for ids, text in zip(next_log_probs(tmp_path / "m.gguf", [], texts, VOCABULARY)[1], texts, strict=True):
+        assert ids == source.tokenizer.core.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split(r"\w+"), BYTES]}},
+            "way to split text",
+        ),
+        ({"normalizer": {"type": "NFC"}}, "normalizer"),
+        ({"model": {"ignore_merges": True}}, "ignore_merges"),
+    ],
+    ids=str,
+)
+def test_a_tokenizer_that_llama_cpp_lacks_is_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        gguf_vocab.read_vocabulary(tokenizer_with(tmp_path, **changes), VOCABULARY)
+
+
+# -- the command ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved_model(tmp_path_factory.mktemp("export"))
+
+
+BAD_INPUT = {
+    "{run} --to ggfu": "did you mean 'gguf'?",
+    "{run}": "required: --to",
+    "{run}/none --to hf": "there is no directory",
+    "{run}/tokenizer --to hf": "holds no model",
+    "{checkpoint} --to hf": "is a checkpoint",
+    "{run} --to hf --verify 0": "at least 1 token, not 0",
+    "{run} --to hf --text {run}": "add --verify",
+    "{run} --to hf --verify --text {run}/none": "none does not exist",
+    "{run} --to hf --out {run}": "exists already: give another --out",
+    "{run} --to hf --out {run} --overwrite": "exists already: give another --out",
+    "{run} --to hf --verify 60 --text {short}": "too few to verify 60",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD_INPUT)
+def test_bad_input(arguments: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "short.txt").write_text("Short.")
+    checkpoint = tmp_path / "checkpoints" / "step-000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text("{}")
+    before = sorted(run.rglob("*"))
+    places = {"run": run, "checkpoint": checkpoint, "short": tmp_path / "short.txt"}
+    assert main(["export", *arguments.format(**places).split()]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("dqt: error: ")
+    assert BAD_INPUT[arguments] in message
+    assert len(message.strip().splitlines()) <= 2
+    assert sorted(run.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "extra"),
+    [
+        ("gguf", ["--to", "gguf"], "gguf"),
+        ("xllamacpp", ["--to", "gguf", "--verify"], "gguf"),
+        ("accelerate", ["--to", "hf-bitnet", "--verify"], "hf"),
+    ],
+)
+def test_a_missing_package_is_named_with_the_command_that_installs_it(
+    module: str,
+    arguments: list[str],
+    extra: str,
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    assert main(["export", str(run), *arguments]) == 2
+    assert f"{module} is not installed" in (message := capsys.readouterr().err)
+    assert f"pip install 'dqt[{extra}]'" in message
+    assert not (run / "export" / arguments[1]).exists()
+
+
+def test_an_export_is_replaced_only_when_asked(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = run / "out"
+    assert main(["export", str(run), "--to", "hf", "--out", str(out), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["files"]["model.safetensors"] == (out / "model.safetensors").stat().st_size
+    assert facts["verified"] is None
+    assert main(["export", str(run / "model"), "--to", "hf", "--out", str(out)]) == 2
+    assert "add --overwrite" in capsys.readouterr().err
+    assert main(["export", str(run), "--to", "hf", "--out", str(out), "--overwrite"]) == 0
+
+
+def test_large_models_are_written_in_shards(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hf, "SHARD_BYTES", 500_000)
+    result = export(run, "hf", tmp_path / "out", verify_tokens=60, text=TEXT)
+    assert "model.safetensors.index.json" in result.files
+    assert sum(name.endswith(".safetensors") for name in result.files) > 2
+    assert result.agreement is not None
+    assert result.agreement.holds
