@@ -37,11 +37,16 @@ def micro_config(tmp_path: Path, **values: Any) -> Config:
 
 
 def run_micro(
-    tmp_path: Path, *, resume: str | None = None, overwrite: bool = False, **values: Any
+    tmp_path: Path,
+    *,
+    resume: str | None = None,
+    overwrite: bool = False,
+    stream: Any = None,
+    **values: Any,
 ) -> TrainResult:
     """Trains; prepared text is shared between the runs of one test session."""
-    cache = tmp_path.parent / "dqt-cache"
-    return train(micro_config(tmp_path, **values), resume=resume, overwrite=overwrite, cache_dir=cache)
+    config, cache = micro_config(tmp_path, **values), tmp_path.parent / "dqt-cache"
+    return train(config, resume=resume, overwrite=overwrite, cache_dir=cache, stream=stream)
 
 
 def metrics_of(result_directory: Path) -> list[dict[str, Any]]:

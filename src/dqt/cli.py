@@ -4,7 +4,8 @@ Nothing heavy is imported before a command needs it, so that `--help`, a mistype
 answered at once; the price is imports inside of functions. A person decides few things, which are flags;
 everything else is a key of the config, from a TOML file or `--set`.
 
-Exit status: 0 done, 2 for what the user can mend (two lines at most, no traceback), 130 interrupted.
+Exit status: 0 done, 2 for what the user can mend (two lines at most, no traceback), 130 interrupted; all of
+them in docs/promises.md.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dqt import __version__
 from dqt.compare import command as compare
 from dqt.errors import ConfigError, DataError, DqtError, ModelError, did_you_mean
 from dqt.export import command as export_command
+from dqt.train import manage
 
 if TYPE_CHECKING:
     from dqt.train.config import Config
@@ -67,6 +69,13 @@ TRAIN_FLAGS: tuple[tuple[str, str, type, str, str], ...] = (
     ("--batch-size", "train.batch_size", int, "N", "sequences in a forward pass"),
     ("--lr", "optim.lr", float, "RATE", "peak learning rate"),
     ("--seed", "train.seed", int, "N", "of weights, order of data, and rounding (default: 0)"),
+    (
+        "--keep",
+        "train.keep_checkpoints",
+        int,
+        "N",
+        "newest checkpoints to keep, beside the best and the last good one (default: 2)",
+    ),
     ("--out", "train.out", str, "DIR", "directory of the run (default: a new one under runs/)"),
 )
 
@@ -89,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dqt: error: {error}", file=sys.stderr)
         return ERROR
     except KeyboardInterrupt:
+        print("dqt: interrupted before there was anything to save", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader has gone, as in `dqt inspect | head`. At exit Python would flush, and complain once more.
@@ -196,6 +206,9 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     _add_run(inspect, "a run, its model/, or a checkpoint")
     _add_json(inspect)
 
+    manage.add_arguments(
+        _add(commands, "checkpoint", manage.run, "list, verify and remove the checkpoints of a run")
+    )
     _add_run(_add(commands, "report", _report, "write report.html and the plots of a run"), "a run")
     _add_json(_add(commands, "doctor", _doctor, "what this machine offers, and what is missing"))
     return parser, dict(commands.choices)

@@ -18,6 +18,7 @@ from dqt.errors import ConfigError, DqtError, did_you_mean
 from dqt.footprint import Footprint, Needs
 from dqt.memory import format_bytes
 from dqt.train.config import Config, required, resolve
+from dqt.train.guard import STOP
 from dqt.train.sections import LEAVE_FLOAT, QuantConfig
 
 GIB = 2**30
@@ -258,7 +259,7 @@ def _apply(config: Config, *settings: dict[str, Any]) -> Config:
     values = {key: value for each in settings for key, value in each.items()}
     if values.get("train.gradient_release"):
         optim = replace(config.optim, grad_clip=None, clip_update=None)
-        config = replace(config, optim=optim, train=replace(config.train, accumulation=1))
+        config = replace(config, optim=optim, train=replace(config.train, accumulation=1, on_nonfinite=STOP))
         values["train.accumulation"] = 1
     return resolve(config.override(values))
 

@@ -142,6 +142,8 @@ class Trainer(Learner):
             line = self.train_step(telemetry=logged)
         except (NonFiniteError, LossSpikeError) as error:
             self._go_wrong(error, metrics)
+            if self.step == number:  # skipped
+                self._do_what_is_due(metrics)
             return
         self._loss = line["loss"]
         seconds = time.perf_counter() - started
@@ -153,9 +155,12 @@ class Trainer(Learner):
             self._write(lambda: metrics.write(line))
             left = (self.steps - self.step) * self._seconds_a_step
             self.console.progress(progress_text(line, self.steps, left), last=self.step == self.steps)
-        if self.step % required(train.eval_every) == 0:
+        self._do_what_is_due(metrics)
+
+    def _do_what_is_due(self, metrics: MetricsLog) -> None:
+        if self.step % required(self.config.train.eval_every) == 0:
             self._log_evaluation(metrics)
-        if self.step % required(train.checkpoint_every) == 0:
+        if self.step % required(self.config.train.checkpoint_every) == 0:
             self._write(self.save_checkpoint)
 
     def _go_wrong(self, error: NonFiniteError | LossSpikeError, metrics: MetricsLog) -> None:
