@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import dqt
 from dqt import fused as fused_module
+from dqt import nn as nn_module
 from dqt import ops
 from dqt.errors import ConfigError
 from dqt.fused import fuse_
@@ -199,6 +200,19 @@ def test_a_fused_integer_model_differs_by_rounding_only(arch: str, bits: str) ->
         loss.backward()
     for name, one, other in gradients(plain, fused):
         assert torch.linalg.vector_norm(other - one) < 0.02 * torch.linalg.vector_norm(one), name
+
+
+@pytest.mark.parametrize("bits", ["1", "ternary", "4"])
+def test_a_few_tokens_of_a_fused_block_stay_packed_and_give_the_same(
+    bits: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = small_model("llama", bits).model.layers[0].mlp
+    fuse_(block)
+    x = torch.randn(1, 2, 64, generator=torch.Generator().manual_seed(3))
+    unpacked = block(x).detach()
+    monkeypatch.setattr(nn_module.ops, "unpack", lambda *args: pytest.fail("unpacked a weight"))
+    with torch.no_grad():
+        assert torch.equal(block(x), unpacked)
 
 
 def test_a_fused_model_is_saved_copied_and_generates_as_the_plain_one() -> None:

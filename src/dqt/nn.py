@@ -158,8 +158,7 @@ def quantized_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) 
     device = input.device.type
     if torch.is_autocast_enabled(device):
         input = input.to(torch.get_autocast_dtype(device))
-    few = input.numel() <= FEW_TOKENS * input.shape[-1]
-    if few and not torch.is_grad_enabled() and weight.products.forward == "int8":
+    if _is_few(input) and weight.products.forward == "int8":
         return _few_tokens(input, weight, bias)
     # Products are explicit about their dtypes; autocast must not change them inside.
     with torch.autocast(device, enabled=False):
@@ -187,8 +186,15 @@ def quantized_swiglu_linear(
     """
     flat = (gate.shape[:-1].numel(), gate.shape[-1])
     gate_rows, up_rows = gate.reshape(flat).contiguous(), up.reshape(flat).contiguous()
+    if _is_few(gate):
+        return _few_tokens(activations.swiglu(gate_rows, up_rows).view(gate.shape), weight, bias)
     y = _QuantizedSwiGLULinear.apply(gate_rows, up_rows, weight, bias)
     return y.view(*gate.shape[:-1], weight.shape[0])
+
+
+def _is_few(input: Tensor) -> bool:
+    """Whether this is a step of generation, where unpacking the weight would take longer than the product."""
+    return input.numel() <= FEW_TOKENS * input.shape[-1] and not torch.is_grad_enabled()
 
 
 def _few_tokens(input: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
