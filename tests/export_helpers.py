@@ -14,7 +14,13 @@ from dqt.tensor import QuantizedTensor
 from dqt.train.savedmodel import save_model
 from train_helpers import STDLIB
 
-SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 4}
+SIZES = {
+    "seq_len": 32,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+}
 VOCABULARY = 300
 
 
@@ -30,7 +36,7 @@ def saved_model(
     """Writes a run's `model/` and returns the run's directory."""
     tokenizer = train_tokenizer([(STDLIB / "decoder.py").read_text(encoding="utf-8")], VOCABULARY)
     tokenizer.save(directory / "tokenizer")
-    config = build_config("micro", arch, VOCABULARY, seq_len=32, overrides={**SIZES, **(sizes or {})})
+    config = build_config("micro", arch, VOCABULARY, overrides={**SIZES, **(sizes or {})})
     recipe_used = recipe_for(method, bits, **recipe)
     model, report = build_with_recipe(config, recipe_used, rules, seed=1)
     generator = torch.Generator().manual_seed(2)

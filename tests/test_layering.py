@@ -19,6 +19,7 @@ SOURCE = Path(dqt.__file__).parent
 LAYERS = (
     "errors",
     "allocator",
+    "extras",
     "numerics",
     "ops",
     "tensor",
@@ -41,6 +42,7 @@ LAYERS = (
     "sampling",
     "train",
     "export",
+    "harness",
     "inspection",
     "plots",
     "report",

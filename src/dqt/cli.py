@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dqt import __version__
+from dqt import __version__, harness
 from dqt.compare import command as compare
 from dqt.errors import ConfigError, DataError, DqtError, ModelError, did_you_mean
 from dqt.export import command as export_command
@@ -182,6 +182,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     evaluate.add_argument(
         "--windows", type=int, metavar="N", help="how many sequences (default: as in training; all of --text)"
     )
+    harness.add_arguments(evaluate)
     _add_json(evaluate)
 
     sample = _add(commands, "sample", _sample, "continue a prompt")
@@ -370,6 +371,8 @@ def _result_text(result: TrainResult) -> str:
 
 def _eval(arguments: argparse.Namespace) -> int:
     _require_directory(arguments.directory)
+    if arguments.tasks is not None:
+        return harness.run(arguments)
     _require_paths(arguments.text or ())
     if arguments.windows is not None and arguments.windows < 1:
         raise ConfigError(f"--windows must be at least 1, not {arguments.windows}")
@@ -378,7 +381,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     from dqt.data.tokenizer import token_byte_lengths
     from dqt.evaluate import evaluate
     from dqt.memory import explain_out_of_memory
-    from dqt.train.savedmodel import load_model
+    from dqt.train.savedmodel import load_model, precision
 
     with explain_out_of_memory(lambda: "evaluation needs more than there is; close other programs"):
         model, tokenizer, info = load_model(arguments.directory)
@@ -390,7 +393,7 @@ def _eval(arguments: argparse.Namespace) -> int:
             shards = _held_out(config, info)
             seq_len, windows = config.train.seq_len or seq_len, windows or config.train.eval_windows
         token_bytes = token_byte_lengths(tokenizer)
-        result = evaluate(model, shards, seq_len, windows, token_bytes=token_bytes, autocast=_precision(info))
+        result = evaluate(model, shards, seq_len, windows, token_bytes=token_bytes, autocast=precision(info))
     facts = {
         "loss": result.loss,
         "perplexity": result.perplexity,
@@ -413,11 +416,11 @@ def _sample(arguments: argparse.Namespace) -> int:
 
     from dqt.memory import explain_out_of_memory
     from dqt.sampling import continue_text
-    from dqt.train.savedmodel import load_model
+    from dqt.train.savedmodel import load_model, precision
 
     with explain_out_of_memory(lambda: "the model needs more than there is; close other programs"):
         model, tokenizer, info = load_model(arguments.directory)
-        with _precision(info):
+        with precision(info):
             result = continue_text(
                 model, tokenizer, arguments.prompt, arguments.tokens, arguments.temperature, arguments.seed
             )
@@ -493,16 +496,6 @@ def _held_out(config: Config, info: dict[str, Any]) -> Any:
             "the text has changed since this model was trained, so its held-out part has too: give --text"
         )
     return corpus.val
-
-
-def _precision(info: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
-    """The autocast context that a model was trained in, its products made safe."""
-    from dqt.ops.bf16_guard import ensure_bf16_products
-    from dqt.recipes import autocast, recipe_for
-
-    if info["method"] == "bf16":
-        ensure_bf16_products()
-    return autocast(recipe_for(info["method"], info["bits"]), "cpu")
 
 
 def _print_json(content: Any) -> None:

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from dqt.errors import ModelError
 from dqt.export.blocks import BLOCK_TYPES, block_type, to_blocks
-from dqt.export.extras import require
 from dqt.export.gguf_vocab import chat_template, read_vocabulary
 from dqt.export.source import Source, as_float, exported_tensors
+from dqt.extras import require
 from dqt.tensor import QuantizedTensor
 
 if TYPE_CHECKING:

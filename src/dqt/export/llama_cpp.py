@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from dqt.errors import ModelError
-from dqt.export.extras import require
+from dqt.extras import require
 
 TIMEOUT = 3600
 

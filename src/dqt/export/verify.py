@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from dqt.data.sampler import fixed_windows
 from dqt.data.sources import read_paths, read_stdlib
 from dqt.errors import ConfigError, ModelError
-from dqt.export.extras import require
 from dqt.export.source import Source, without_masters
+from dqt.extras import require
 from dqt.tensor import FLOAT_PRODUCTS, QuantizedTensor
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ pickled object.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -32,8 +33,9 @@ from dqt.models import ARCHITECTURES, Initializer, empty_model
 from dqt.nn import set_quantized_weight
 from dqt.numerics.formats import parse_bits
 from dqt.numerics.packing import packed_size
+from dqt.ops.bf16_guard import ensure_bf16_products
 from dqt.quantize import QuantizeReport
-from dqt.recipes import Recipe
+from dqt.recipes import Recipe, autocast, recipe_for
 from dqt.tensor import Products, QuantizedTensor
 from dqt.train import storage
 from dqt.train.checkpoint import versions
@@ -119,6 +121,13 @@ def load_model(directory: str | Path) -> tuple[PreTrainedModel, TextTokenizer, d
         )
     storage.load_model_tensors(model, path / MODEL)
     return model.eval(), tokenizer, info
+
+
+def precision(info: Mapping[str, Any]) -> contextlib.AbstractContextManager[Any]:
+    """The autocast context that a model was trained in, its products made safe."""
+    if info["method"] == "bf16":
+        ensure_bf16_products()
+    return autocast(recipe_for(info["method"], info["bits"]), "cpu")
 
 
 def _describe(model: nn.Module, report: QuantizeReport) -> dict[str, dict[str, Any]]:
