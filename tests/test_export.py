@@ -57,7 +57,7 @@ def test_computes_the_same(model: dict[str, Any], target: str, kind: str | None,
     assert result.agreement.tokens >= 60
     card = (result.path / "README.md").read_text(encoding="utf-8")
     assert "# m\n\nTrained with dqt" in card
-    assert str(result.agreement) in card
+    assert f"```\n{result.agreement}\n```" in card
     if target == "gguf":
         reader = gguf.GGUFReader(result.path / "m.gguf")
         kinds = [tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1]
@@ -71,8 +71,9 @@ def test_computes_the_same(model: dict[str, Any], target: str, kind: str | None,
 def test_rows_in_the_wrong_order_do_not_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = saved_model(tmp_path)
     monkeypatch.setattr(gguf_file, "_row_order", lambda *arguments: None)
-    with pytest.raises(ModelError, match="does not compute what dqt does, nothing was written"):
+    with pytest.raises(ModelError, match="does not compute what dqt does, nothing was written") as caught:
         export(run, "gguf", verify_tokens=60, text=TEXT)
+    assert len(str(caught.value).splitlines()) == 2
     assert not (run / "export").exists() or not any((run / "export").iterdir())
 
 
@@ -190,6 +191,22 @@ def test_llama_cpp_knows_the_pre_tokenizer(pre_tokenizer: dict[str, Any], name: 
     texts = [*AWKWARD, "12345 67 x89"]
     for ids, text in zip(next_log_probs(tmp_path / "m.gguf", [], texts, VOCABULARY)[1], texts, strict=True):
         assert ids == source.tokenizer.core.encode(text, add_special_tokens=False).ids
+
+
+def test_llama_cpp_begins_a_text_where_the_tokenizer_does(tmp_path: Path) -> None:
+    begin = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+    template = {
+        "type": "TemplateProcessing",
+        "single": [begin, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}},
+    }
+    for changes, begins in (({}, False), ({"post_processor": template}, True)):
+        tokenizer = tokenizer_with(tmp_path, **changes)
+        source = dataclasses.replace(load_source(tmp_path), tokenizer=tokenizer)
+        gguf_file.write_gguf(source, tmp_path / "m.gguf")
+        field = gguf.GGUFReader(tmp_path / "m.gguf").fields["tokenizer.ggml.add_bos_token"]
+        assert field.contents() is begins
 
 
 @pytest.mark.parametrize(

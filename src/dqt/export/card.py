@@ -76,7 +76,7 @@ def write_card(
         "\n## Use\n",
         _USE[target].format(path=file or ".", prompt="def main("),
         "\n## Checked\n",
-        str(agreement) if agreement else "Not run in another program (`dqt export --verify` does).",
+        f"```\n{agreement}\n```" if agreement else "Not run in another program (`dqt export --verify` does).",
     ]
     if notes:
         sections += ["\n## Notes\n", *(f"- {note}" for note in notes)]

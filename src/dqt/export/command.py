@@ -151,7 +151,9 @@ def export(
         if sample is not None:
             agreement = verify.verify(source, target, staging / file if file else staging, sample)
             if not agreement.holds:
-                raise ModelError(f"{target} does not compute what dqt does, nothing was written: {agreement}")
+                raise ModelError(
+                    f"{target} does not compute what dqt does, nothing was written\n{agreement.brief}"
+                )
         card.write_card(exported, target, staging, file, notes, agreement)
     files = {item.name: item.stat().st_size for item in sorted(path.iterdir())}
     return Export(path, files, notes, agreement)

@@ -237,7 +237,8 @@ def _add_special_tokens(writer: GGUFWriter, source: Source) -> None:
     if config.bos_token_id is not None:
         writer.add_bos_token_id(config.bos_token_id)
     writer.add_eos_token_id(source.tokenizer.end_id)
-    writer.add_add_bos_token(False)  # as the tokenizer itself
+    begins = source.tokenizer.core.encode("a").ids[:1] == [config.bos_token_id]
+    writer.add_add_bos_token(begins)  # as the tokenizer itself does
     template = chat_template(source.directory)
     if template is not None:
         writer.add_chat_template(template)

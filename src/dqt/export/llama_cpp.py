@@ -52,7 +52,12 @@ def next_log_probs(
         content = {"windows": [list(map(int, w)) for w in windows], "texts": list(texts), "vocab": vocab_size}
         job.write_text(json.dumps(content), encoding="utf-8")
         command = [sys.executable, "-m", "dqt.export.llama_cpp", str(path), str(job), str(result)]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            raise ModelError(
+                f"llama.cpp was not done with {path} in {TIMEOUT} s: verify on fewer tokens"
+            ) from None
         if done.returncode or not result.is_file():
             raise ModelError(f"llama.cpp does not run {path}: {_reason(done)}")
         with np.load(result) as arrays:

@@ -89,6 +89,15 @@ class Agreement:
             return self.anywhere <= self.bound and not self.disagreements
         return self.largest <= self.bound and self.margin <= MARGIN
 
+    @property
+    def brief(self) -> str:
+        """One line: by how much they differ."""
+        return (
+            f"in {self.runtime} the next token's log-probability differs by up to {self.largest:.2g} nats, "
+            f"any token's by {self.anywhere:.2g} (bound {self.bound:g}); likeliest tokens differ at "
+            f"{self.disagreements} of {self.tokens}, dqt's own two by up to {self.margin:.2g} nats there"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self) | {"holds": self.holds}
