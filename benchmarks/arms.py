@@ -140,7 +140,7 @@ class PaperOptimizer(torch.optim.AdamW):
 
 
 def paper(width: int, layers: int) -> Arm:
-    """The paper's ternary training, started as long as a narrow model needs (see `quality.py`)."""
+    """The paper's ternary training, started as long as a narrow model needs (see `dqt.compare.suites`)."""
     model = network(width, layers, init_gain=1.0)
     for _, module in linear_modules(model):
         module.__class__ = PaperLinear

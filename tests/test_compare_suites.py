@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 
 from dqt.cli import main
+from dqt.compare import suites
 from dqt.compare.command import duration
 from dqt.compare.experiment import Experiment
 from dqt.compare.runs import fingerprint
-from dqt.compare.suites import SUITES
+from dqt.compare.suites import BITS, SUITES
 from dqt.footprint import Needs
+from dqt.numerics.formats import FORMATS
+from dqt.numerics.rounding import ROUNDINGS
 
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "compare.md").read_text(encoding="utf-8")
 
@@ -43,6 +46,11 @@ def test_the_documentation_has_every_suite_with_its_time(name: str) -> None:
     )
 
 
+def test_no_width_and_no_rounding_is_forgotten() -> None:
+    assert set(BITS) == set(FORMATS)
+    assert set(suites.ROUNDINGS) == set(ROUNDINGS)
+
+
 def test_the_main_suite_is_as_large_as_its_claim_needs() -> None:
     suite = SUITES["main"]
     assert suite.seeds == 5
@@ -63,7 +71,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", SUITES)
 def test_every_suite_runs_quickly(name: str, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compare", name, "--quick", "--out", str(out)]) == 0
+    more = ["--tune"] if name == "main" else ["--seeds", "1"]  # 200 runs instead of 500
+    assert main(["compare", name, "--quick", *more, "--out", str(out)]) == 0
     assert "its losses mean nothing" in capsys.readouterr().out
     folder = out / f"{name}-quick"
     content = json.loads((folder / "results.json").read_text())
@@ -72,6 +81,7 @@ def test_every_suite_runs_quickly(name: str, out: Path, capsys: pytest.CaptureFi
         assert [run["state"] for run in arm["runs"]] == ["finished"] * len(content["seeds"]), arm["arm"]
         assert 3 < arm["loss"]["mean"] < 7
         assert arm["bytes_a_weight"] > 0
+        assert len(arm["tuning"]) == (3 if name == "main" else 0)
         assert set(arm["gaps"]) <= set(content["columns"])
     rows = list(csv.DictReader(io.StringIO((folder / "arms.csv").read_text())))
     assert [float(row["loss"]) for row in rows] == [arm["loss"]["mean"] for arm in content["arms"]]

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tune",
         action=argparse.BooleanOptionalAction,
-        help="find each arm's best learning rate first (default: the suite's choice; not for files)",
+        help="find each arm's best learning rate first (default: as the suite says; not for files, --quick)",
     )
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one a core)")
     parser.add_argument(

@@ -95,7 +95,7 @@ class Experiment:
         suite: Which arms.
         folder: Where runs and results go.
         seeds: How many; None is the suite's number.
-        tuned: Whether to tune learning rates; None is the suite's choice.
+        tuned: Whether to tune learning rates; None is the suite's choice, and no for a quick run.
         quick: Run a minute to see that it works.
         jobs: Runs at a time.
         settings: "section.key" to value, over everything that the suite says.
@@ -119,7 +119,7 @@ class Experiment:
     ) -> None:
         self.suite, self.folder, self.quick = suite, folder, quick
         self.seeds = range(seeds or (min(suite.seeds, QUICK_SEEDS) if quick else suite.seeds))
-        self.tuned = suite.tuned if tuned is None else tuned
+        self.tuned = suite.tuned and not quick if tuned is None else tuned
         self.settings = {**(settings or {}), **(QUICK if quick else {})}
         self.interrupted = False
         self.console = Console(stream)

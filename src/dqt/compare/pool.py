@@ -19,6 +19,7 @@ from typing import Any
 from dqt.compare.runs import DIVERGED, FAILED, MISSING, Outcome, Run, read_outcome
 from dqt.data.prepare import default_cache_dir
 from dqt.footprint import Needs
+from dqt.optim.writeback import FLOAT_RESIDUAL
 from dqt.train.config import Config, required
 from dqt.train.metrics import Console, format_duration
 
@@ -32,8 +33,11 @@ SECONDS_A_PRODUCT = 1.46e-10
 """Of a training step, for each token and weight: `micro` in FP32 or ternary, one core of the Xeon of
 docs/results.md, 110 s for 1.5M tokens. A guess for other sizes and machines, corrected as runs finish."""
 
-PAPER_FACTOR = 2.5
-"""How much longer the paper's arms took."""
+PAPER_EXTRA = 1.5
+"""How much of that time the paper's arms took in addition."""
+
+REFERENCE_EXTRA = 1.5
+"""The same for updates that have no kernel. A guess."""
 
 SECONDS_A_RUN = 2.0
 """Before and after the steps: building, evaluating, saving."""
@@ -185,7 +189,14 @@ def expected_seconds(config: Config) -> float:
     batch = required(train.batch_size) * required(train.seq_len) * required(train.accumulation)
     needs = Needs(config)
     products = needs.head.count + sum(weight.count for weight in needs.weights if weight.kind == "linear")
-    factor = PAPER_FACTOR if config.quant.method == "paper" else 1.0
+    recipe = needs.recipe
+    reference = (
+        recipe.rounding not in ("stochastic", "nearest")
+        or recipe.residual_bits == FLOAT_RESIDUAL
+        or recipe.drop_smallest
+        or recipe.error_feedback != "none"
+    )
+    factor = 1.0 + PAPER_EXTRA * (recipe.method == "paper") + REFERENCE_EXTRA * bool(reference)
     return SECONDS_A_RUN + factor * SECONDS_A_PRODUCT * required(train.steps) * batch * products
 
 

@@ -93,6 +93,7 @@ TINY: Settings = {
 }
 """Width 256, 8 layers, 6.8M linear weights, 0.23M tokens."""
 
+ROUNDINGS = ("stochastic", "nearest", "gated", "agreed", "noise", "biased", "learned")
 BITS = ("1", "ternary", "2", "3", "4", "5", "6", "7", "8")
 NO_FIRST_MOMENT: Settings = {"optim.betas": [0.0, 0.95]}
 FIRST_MOMENT: Settings = {"optim.betas": [0.9, 0.95]}
@@ -161,6 +162,11 @@ def _main() -> Suite:
 
 
 def _paper() -> Suite:
+    experiments: dict[str, Settings] = {
+        "Adafactor": {"optim__name": "adafactor"},
+        "to nearest": {"quant__rounding": "nearest"},
+        "smallest 20 % dropped": {"optim__drop_smallest": 0.2},
+    }
     return Suite(
         "paper",
         "the experiments of the paper in small",
@@ -171,6 +177,11 @@ def _paper() -> Suite:
             Arm("paper 8 bits", paper("8")),
             Arm("paper ternary", paper("ternary")),
             Arm("paper 8 bits, ternary inference", ternary_inference_of="paper 8 bits"),
+            *(
+                Arm(f"paper {title}, {what}", paper(bits, **settings))
+                for what, settings in experiments.items()
+                for title, bits in (("8 bits", "8"), ("ternary", "ternary"))
+            ),
         ),
         BASELINES,
     )
@@ -224,14 +235,16 @@ def _bits() -> Suite:
 
 
 def _residual() -> Suite:
-    k0 = strict("ternary", optim__betas=[0.0, 0.95], optim__second_moment="factored", optim__lr=3e-3)
+    k0 = strict("ternary", optim__betas=[0.0, 0.95], optim__second_moment="factored")
     arms = [
         Arm("k = 0 (strict)", k0),
         *(Arm(f"k = {k}", residual("ternary", quant__residual_bits=k)) for k in (2, 4, 6, 16)),
+        Arm("float residual", residual("ternary", quant__residual_bits=32)),
         *(Arm(f"h = {h:g}", residual("ternary", quant__hysteresis=h)) for h in (0.0, 0.12, 0.25)),
         Arm("first moment, β₁ 0.9", residual("ternary", optim__betas=[0.9, 0.95])),
         Arm("full second moment", residual("ternary", optim__second_moment="full")),
         Arm("int8 second moment", residual("ternary", optim__second_moment="int8")),
+        Arm("ECO as published, β₁ 0.9", strict("ternary", quant__error_feedback="eco")),
     ]
     recipe = "k = 8 (the recipe)"
     return Suite(
@@ -252,7 +265,7 @@ def _rounding() -> Suite:
     arms = [
         Arm(f"{bits} {rounding}", strict(bits, quant__rounding=rounding))
         for bits in ("ternary", "4")
-        for rounding in ("stochastic", "nearest")
+        for rounding in ROUNDINGS
     ]
     return Suite("rounding", "how should strict training round?", MICRO, (FP32, BITNET, *arms), BASELINES)
 
