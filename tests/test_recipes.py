@@ -24,7 +24,7 @@ from dqt.recipes import (
     prepare_model_,
     recipe_for,
 )
-from dqt.tensor import QuantizedTensor
+from dqt.tensor import Products, QuantizedTensor
 
 
 class Toy(nn.Module):
@@ -66,6 +66,7 @@ def test_every_method_has_a_recipe_for_its_bits(method: str) -> None:
         assert dataclasses.replace(recipe, lr=0.1) == recipe_for(method, bits, lr=0.1)
 
 
+COMPUTED = Products(compute_bits="ternary")
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": "strikt"}, "did you mean 'strict'"),
     ({"method": "paper "}, "did you mean 'paper'"),
@@ -109,6 +110,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": "strict", "error_feedback": "eco", "optimizer": "adafactor"}, "AdamW and SGD"),
     ({"method": "strict", "error_feedback": "eco", "first_moment": "int8"}, "fp32 first moment"),
     ({"method": "strict", "error_feedback": "ecco"}, "did you mean 'eco'"),
+    ({"environment": "fp16"}, "did you mean 'bf16'|did you mean 'fp8'"),
+    ({"method": "bitnet", "environment": "bf16"}, "use method bf16 for bfloat16 floats"),
+    ({"method": "strict", "bits": 8, "products": Products(*(["fp8"] * 3))}, "set environment alone"),
+    ({"method": "strict", "bits": "3", "products": COMPUTED}, "strict with 3 bits has not"),
+    ({"method": "paper", "bits": "8", "products": COMPUTED}, "use method strict with bits 8"),
+    ({"method": "strict", "bits": "8", "per_row": True, "products": COMPUTED}, "leave per_row out"),
     ({"scale_rule": "absmeen"}, "did you mean 'absmean'"),
     ({"rounding": "neerest"}, "did you mean 'nearest'"),
     ({"method": "paper", "bits": 1}, "use bits ternary, or method strict"),

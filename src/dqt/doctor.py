@@ -141,7 +141,9 @@ def _products() -> Iterator[Finding]:
             "same results; a step takes about as long as in FP32 instead of less",
         )
     if bf16_products_work():
-        yield Finding("bf16 products", OK, "work (only --method bf16 needs them)")
+        yield Finding(
+            "bf16 products", OK, "work (only method bf16 and the environments bf16 and fp8 need them)"
+        )
     elif bf16_products_work(SAFE_ISA):
         yield Finding(
             "bf16 products",
@@ -151,6 +153,7 @@ def _products() -> Iterator[Finding]:
         )
     else:
         yield Finding("bf16 products", MISSING, "kill the process", "use another method than bf16")
+    yield Finding("fp8 products", OK, "emulated by float32 products (only quant.environment = fp8 has them)")
     yield _kernels()
 
 

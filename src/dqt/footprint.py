@@ -201,7 +201,7 @@ class Needs:
         return [self._kept(f"model.layers.{number}", formats) for number in range(self.layers)]
 
     def _kept(self, layer: str, weights: Mapping[str, Weight]) -> int:
-        hidden, inner, a = self.hidden, self.inner, 2 if self.recipe.method == "bf16" else 4
+        hidden, inner, a = self.hidden, self.inner, 2 if self.recipe.autocasts else 4
 
         def linear(module: str, *names: str, input_kept: bool = False) -> int:
             """What linear layers keep of the input that they share."""
@@ -210,10 +210,12 @@ class Needs:
             if self.recipe.method in ("bf16", "bitnet"):  # a cast or rounded copy of input and weight each
                 return sum(a * (self.tokens * width + weight.count) for weight in used)
             products = self.recipe.products
-            int8 = products.forward == "int8" or products.grad_weight == "int8"
-            packed = [weight for weight in used if weight.format is not None and int8]
-            floats = 0 if len(packed) == len(used) or input_kept else 4 * self.tokens * width
-            return floats + (self.tokens * (width + 4) if packed else 0)  # one int8 form for all
+            in_bytes = (products.forward, products.grad_weight) != ("float", "float")
+            packed = [weight for weight in used if weight.format is not None and in_bytes]
+            floats = 0 if len(packed) == len(used) or (input_kept and a == 4) else a * self.tokens * width
+            if a == 2:  # autocast's copies of float weights
+                floats += sum(a * weight.count for weight in used if weight.format is None)
+            return floats + (self.tokens * (width + 4) if packed else 0)  # one form for all
 
         statistics = 8 if self.fused else 4  # of a query in a head; torch's attention keeps one number
         attention = self.tokens * (a * (2 * hidden + 2 * self.kv_width) + statistics * self.heads)
@@ -225,6 +227,8 @@ class Needs:
         total += linear("self_attn", "o", input_kept=not extra_norms)
         total += norm(hidden) + linear("mlp", "gate", "up") + gated
         total += a * self.tokens * inner + norm(inner, input_kept=True) if extra_norms else 0
+        if extra_norms and a == 2 and self.recipe.quantized:  # a float32 copy of what attention gives
+            total += a * self.tokens * hidden
         return total + linear("mlp", "down")
 
     def _norm(self, width: int, input_kept: bool = False) -> int:

@@ -8,7 +8,9 @@ The three products of a linear layer, with per-token int8 activations as in the 
 
 Only the int8 x_q and s_x are kept for the backward pass, a quarter of what a float layer keeps; folding s_x
 into dy saves quantizing x a second time. Integer gradients cost no loss (1.917 against 1.918 nats at 8 bits).
-Each product can be float instead, see `Products`; the float layer is the reference in the tests.
+Each product can be float instead, see `Products`; the float layer is the reference in the tests. The float8
+form of all three has x in e4m3, dy and n in e5m2, scaled in the same places, and is emulated by float32
+products of these numbers; codes enter exactly, where hardware would round those of 6 to 8 bits.
 
 A converted module stays the `nn.Linear` or `nn.Embedding` that it was; only its weight changes.
 """
@@ -22,8 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dqt import ops
-from dqt.ops import activations
-from dqt.tensor import QuantizedTensor, implements
+from dqt.numerics.float8 import E4M3, E5M2, nearest_in_blocks, quantize_float8
+from dqt.ops import activations, reference
+from dqt.tensor import Products, QuantizedTensor, implements
 
 FEW_TOKENS = 4
 """Up to as many tokens, without gradients, are multiplied with the packed weight as it is stored."""
@@ -57,7 +60,7 @@ class _QuantizedLinear(torch.autograd.Function):
             return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         assert x_q is not None
         assert x_scale is not None
-        return _integer_product(x_q, x_scale, weight, bias).to(x.dtype)
+        return _product_with_codes(x_q, x_scale, weight, bias).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -67,7 +70,7 @@ class _QuantizedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = _grad_input(dy, weight).to(ctx.x_dtype)
         if ctx.needs_input_grad[3]:
-            grad_weight = _grad_weight(dy, x, x_scale, weight.products.grad_weight).to(weight.dtype)
+            grad_weight = _grad_weight(dy, x, x_scale, weight.products).to(weight.dtype)
         if ctx.needs_input_grad[4]:
             grad_bias = dy.sum(0).to(ctx.bias_dtype)
         return grad_x, None, None, grad_weight, grad_bias
@@ -81,7 +84,7 @@ class _QuantizedSwiGLULinear(torch.autograd.Function):
         h_q, h_scale = activations.swiglu_quantized(gate, up)
         ctx.save_for_backward(gate, up, h_q, h_scale, weight.codes, weight.scale)
         ctx.weight = weight
-        return _integer_product(h_q, h_scale, weight, bias)
+        return _product_with_codes(h_q, h_scale, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -91,33 +94,43 @@ class _QuantizedSwiGLULinear(torch.autograd.Function):
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
             grad_gate, grad_up = activations.swiglu_backward(_grad_input(dy, weight), gate, up)
         if ctx.needs_input_grad[2]:
-            grad_weight = _grad_weight(dy, h_q, h_scale, weight.products.grad_weight).to(weight.dtype)
+            grad_weight = _grad_weight(dy, h_q, h_scale, weight.products).to(weight.dtype)
         if ctx.needs_input_grad[3]:
             grad_bias = dy.sum(0)
         return grad_gate, grad_up, grad_weight, grad_bias
 
 
-def _integer_product(x_q: Tensor, x_scale: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
+def _product_with_codes(x_q: Tensor, x_scale: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
     codes, scale = weight.product_codes()
     if scale.ndim == 0:
-        return ops.scaled_product(x_q, codes.T, x_scale * scale, None, bias)
-    return ops.scaled_product(x_q, codes.T, x_scale, scale.flatten(), bias)
+        return _scaled_product(x_q, codes.T, x_scale * scale, None, bias)
+    return _scaled_product(x_q, codes.T, x_scale, scale.flatten(), bias)
 
 
-def _int8_form(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Int8 codes and scales of the rows of x [..., in], remembered on the tensor.
+def _scaled_product(
+    a: Tensor, b: Tensor, row_scale: Tensor, column_scale: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """`ops.scaled_product`, or the emulation of a float8 product."""
+    if a.dtype == torch.int8:
+        return ops.scaled_product(a, b, row_scale, column_scale, bias)
+    return reference.scale_product(a.float() @ b.float(), row_scale, column_scale, bias)
+
+
+def _quantized_form(x: Tensor, kind: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes and scales of the rows of x [..., in] in a dtype, int8 or float8 by `kind`; remembered on x.
 
     Query, key and value projections read one tensor, and so do gate and up: the first quantizes it for all.
     """
     # A compiler finds the common expression itself; an inference tensor does not say when it changes.
     remembers = not torch.compiler.is_compiling() and not x.is_inference()
     if remembers:
-        remembered = getattr(x, "_dqt_int8_form", None)
-        if remembered is not None and remembered[0] == x._version:
+        remembered = getattr(x, "_dqt_form", None)
+        if remembered is not None and remembered[0] == (x._version, kind, dtype):
             return remembered[1], remembered[2]
-    x_q, x_scale = ops.quantize_rows(x.detach().reshape(x.shape[:-1].numel(), x.shape[-1]))
+    rows = x.detach().reshape(x.shape[:-1].numel(), x.shape[-1]).to(dtype)
+    x_q, x_scale = quantize_float8(rows, E4M3) if kind == "fp8" else ops.quantize_rows(rows)
     if remembers:
-        x._dqt_int8_form = (x._version, x_q, x_scale)  # type: ignore[attr-defined]
+        x._dqt_form = ((x._version, kind, dtype), x_q, x_scale)  # type: ignore[attr-defined]
     return x_q, x_scale
 
 
@@ -127,17 +140,29 @@ def _grad_input(dy: Tensor, weight: QuantizedTensor) -> Tensor:
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
     codes, scale = weight.product_codes()
     per_row = scale.ndim > 0
-    g_q, g_scale = ops.quantize_rows(dy.float() * scale.T if per_row else dy)
-    return ops.scaled_product(g_q, codes, g_scale if per_row else g_scale * scale)
+    g = dy.float() * scale.T if per_row else dy
+    is_float8 = weight.products.grad_input == "fp8"
+    g_q, g_scale = quantize_float8(g, E5M2) if is_float8 else ops.quantize_rows(g)
+    return _scaled_product(g_q, codes, g_scale if per_row else g_scale * scale)
 
 
-def _grad_weight(dy: Tensor, x_q: Tensor, x_scale: Tensor | None, product: str) -> Tensor:
+def _grad_weight(dy: Tensor, x_q: Tensor, x_scale: Tensor | None, products: Products) -> Tensor:
     if x_scale is None:  # the forward pass was float and kept x itself
-        return dy.T @ x_q
-    if product == "float":
-        return (dy.float() * x_scale[:, None]).T @ x_q.float()
-    n_q, n_scale = ops.quantize_columns(dy, x_scale)
-    return ops.scaled_product(n_q.T, x_q, n_scale)
+        grad = dy.T @ x_q
+    elif products.grad_weight == "float":
+        grad = (dy.float() * x_scale[:, None]).T @ x_q.float()
+    elif products.grad_weight == "fp8":
+        n_q, n_scale = quantize_float8((dy.float() * x_scale[:, None]).T, E5M2)
+        grad = _scaled_product(n_q, x_q, n_scale)
+    else:
+        n_q, n_scale = ops.quantize_columns(dy, x_scale)
+        grad = ops.scaled_product(n_q.T, x_q, n_scale)
+    match products.gradient:
+        case "bf16":
+            return grad.bfloat16()
+        case "fp8":
+            return nearest_in_blocks(grad)
+    return grad
 
 
 @implements(F.linear)
@@ -156,16 +181,16 @@ def quantized_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) 
         with torch._C.DisableTorchFunctionSubclass():
             return F.linear(input, weight, bias)  # reads float copies
     device = input.device.type
-    if torch.is_autocast_enabled(device):
-        input = input.to(torch.get_autocast_dtype(device))
-    if _is_few(input) and weight.products.forward == "int8":
-        return _few_tokens(input, weight, bias)
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+    if _is_few(input, weight):
+        return _few_tokens(input.to(dtype), weight, bias)
     # Products are explicit about their dtypes; autocast must not change them inside.
     with torch.autocast(device, enabled=False):
         products = weight.products
-        reads_int8 = products.forward == "int8" or products.grad_weight == "int8"
-        x_q, x_scale = _int8_form(input) if reads_int8 else (None, None)
-        tokens = input.reshape(input.shape[:-1].numel(), input.shape[-1])
+        kinds = (products.forward, products.grad_weight)
+        kind = next((kind for kind in kinds if kind != "float"), None)
+        x_q, x_scale = _quantized_form(input, kind, dtype) if kind else (None, None)
+        tokens = input.to(dtype).reshape(input.shape[:-1].numel(), input.shape[-1])
         y = _QuantizedLinear.apply(tokens, x_q, x_scale, weight, bias)
         return y.view(*input.shape[:-1], weight.shape[0])
 
@@ -186,15 +211,17 @@ def quantized_swiglu_linear(
     """
     flat = (gate.shape[:-1].numel(), gate.shape[-1])
     gate_rows, up_rows = gate.reshape(flat).contiguous(), up.reshape(flat).contiguous()
-    if _is_few(gate):
+    if _is_few(gate, weight):
         return _few_tokens(activations.swiglu(gate_rows, up_rows).view(gate.shape), weight, bias)
     y = _QuantizedSwiGLULinear.apply(gate_rows, up_rows, weight, bias)
     return y.view(*gate.shape[:-1], weight.shape[0])
 
 
-def _is_few(input: Tensor) -> bool:
+def _is_few(input: Tensor, weight: QuantizedTensor) -> bool:
     """Whether this is a step of generation, where unpacking the weight would take longer than the product."""
-    return input.numel() <= FEW_TOKENS * input.shape[-1] and not torch.is_grad_enabled()
+    products = weight.products
+    as_stored = products.forward == "int8" and products.compute_bits == "stored"
+    return as_stored and input.numel() <= FEW_TOKENS * input.shape[-1] and not torch.is_grad_enabled()
 
 
 def _few_tokens(input: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:

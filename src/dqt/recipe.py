@@ -20,6 +20,7 @@ from dqt.tensor import Products
 METHODS = ("strict", "residual", "paper", "fp32", "bf16", "bitnet")
 FLOAT_METHODS = ("fp32", "bf16", "bitnet")
 OPTIMIZERS = ("adamw", "adafactor", "sgd")
+ENVIRONMENTS = ("fp32", "bf16", "fp8")
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class Recipe:
         rounding: Of the write-back, one of `dqt.numerics.rounding.ROUNDINGS`.
         drop_smallest: Share of the smallest updates that is dropped.
         error_feedback: One of `dqt.optim.eco.ERROR_FEEDBACKS`.
-        products: Which products are integer.
+        products: How linear layers multiply, see `Products`.
+        environment: What the rest of a low-bit method computes in: one of `ENVIRONMENTS`.
     """
 
     method: str
@@ -86,6 +88,7 @@ class Recipe:
     drop_smallest: float = 0.0
     error_feedback: str = "none"
     products: Products = field(default_factory=Products)
+    environment: str = "fp32"
 
     def __post_init__(self) -> None:
         for key, names in (
@@ -98,6 +101,7 @@ class Recipe:
             ("scale_rule", (None, *SCALE_RULES)),
             ("rounding", ROUNDINGS),
             ("error_feedback", ERROR_FEEDBACKS),
+            ("environment", ENVIRONMENTS),
         ):
             if (value := getattr(self, key)) not in names:
                 raise ConfigError(f"unknown {key} {value!r}; {did_you_mean(value, filter(None, names))}")
@@ -113,8 +117,16 @@ class Recipe:
 
     @property
     def fusible(self) -> bool:
-        """Whether `dqt.fuse_` is for it: baselines and `paper` run the layers that people run."""
-        return self.quantized and self.method != "paper"
+        """Whether `dqt.fuse_` is for it: baselines and `paper` run the layers that people run.
+
+        So does what runs under autocast, because the fused layers are float32 ones.
+        """
+        return self.quantized and self.method != "paper" and not self.autocasts
+
+    @property
+    def autocasts(self) -> bool:
+        """Whether models run under autocast to bfloat16."""
+        return self.method == "bf16" or self.environment != "fp32"
 
     @property
     def first_moments(self) -> tuple[str, str]:
@@ -144,6 +156,7 @@ def _conflicts(recipe: Recipe) -> Iterator[tuple[object, str]]:
         not recipe.frozen_scale and method != "paper",
         f"method {method} has no scale to recompute: frozen_scale = false is for method paper",
     )
+    yield from _conflicts_of_products(recipe)
     yield from _conflicts_of_paper(recipe)
     yield from _conflicts_of_rounding(recipe)
     # Which moments an optimizer has.
@@ -175,6 +188,29 @@ def _conflicts(recipe: Recipe) -> Iterator[tuple[object, str]]:
         recipe.quantized and bits is None,
         f"method {method} needs bits: ternary, or 1 to 8",
     )
+
+
+def _conflicts_of_products(recipe: Recipe) -> Iterator[tuple[object, str]]:
+    environment, products = recipe.environment, recipe.products
+    yield (
+        environment != "fp32" and not recipe.quantized,
+        f"environment={environment} is for low-bit methods: use method bf16 for bfloat16 floats, or strict",
+    )
+    yield (
+        (products.forward == "fp8") != (environment == "fp8"),
+        "fp8 products are those of environment=fp8, which has no others: set environment alone",
+    )
+    if products.compute_bits == "ternary":
+        yield (
+            recipe.method not in ("strict", "residual") or recipe.bits not in ("4", "5", "6", "7", "8"),
+            "compute_bits=ternary rounds stored integers of 4 to 8 bits, which method "
+            f"{recipe.method}{f' with {recipe.bits} bits' if recipe.bits else ''} has not: use method strict "
+            "with bits 8, or bits ternary without compute_bits",
+        )
+        yield (
+            recipe.per_row,
+            "compute_bits=ternary takes one mean for a tensor: leave per_row out",
+        )
 
 
 def _conflicts_of_rounding(recipe: Recipe) -> Iterator[tuple[object, str]]:

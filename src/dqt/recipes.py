@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from dqt.optim import SGD, Adafactor, AdamW, PaperAdafactor, PaperAdamW
 from dqt.optim.base import QuantizedOptimizer
 from dqt.quantize import QuantizeReport, Rule, linear_modules, quantize_
 from dqt.recipe import FLOAT_METHODS, METHODS, Recipe
-from dqt.tensor import Products, QuantizedTensor
+from dqt.tensor import PRODUCTS, Products, QuantizedTensor
 
 __all__ = ["METHODS", "Recipe", "autocast", "build_optimizer", "lr_rule", "prepare_model_", "recipe_for"]
 
@@ -57,7 +58,27 @@ def recipe_for(method: str | None = None, bits: str | int | None = None, **overr
         method = method or ("strict" if fmt.bits >= 5 else "residual")
         defaults = {"method": method, "bits": fmt.name, **_LOW_BIT[method](fmt)}
     defaults |= _OPTIMIZERS.get(overrides.get("optimizer", "adamw"), {})
+    defaults |= _of_environment(overrides.get("environment", "fp32"), {**defaults, **overrides})
     return Recipe(**{**defaults, **overrides})
+
+
+def _of_environment(environment: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What an environment changes in a recipe: float32 state becomes its own, and so do gradients.
+
+    A factored second moment stays, and where there is no first moment none appears.
+    """
+    if environment not in ("bf16", "fp8"):
+        return {}
+    changes: dict[str, Any] = {}
+    for prefix in ("", "float_"):
+        if settings.get(f"{prefix}betas", (0.9,))[0]:
+            changes[f"{prefix}first_moment"] = environment
+        if settings.get(f"{prefix}second_moment", "full") == "full":
+            changes[f"{prefix}second_moment"] = environment
+    products = settings.get("products", Products())
+    kinds = dict.fromkeys(PRODUCTS, "fp8") if environment == "fp8" else {}
+    changes["products"] = replace(products, **kinds, gradient=environment)
+    return changes
 
 
 # A ternary weight can't grow beyond its frozen scale, so it must start as long as float weights would become.
@@ -259,7 +280,7 @@ def _width(model: nn.Module) -> int:
 
 
 def autocast(recipe: Recipe, device: str) -> contextlib.AbstractContextManager[Any]:
-    """The context that a recipe's forward pass runs in: bfloat16 autocast for `bf16`, else nothing."""
-    if recipe.method == "bf16":
+    """The context that a recipe's forward pass runs in: bfloat16 autocast where it has any, else nothing."""
+    if recipe.autocasts:
         return torch.autocast(device, torch.bfloat16)
     return contextlib.nullcontext()

@@ -266,7 +266,9 @@ def _stored(summary: Mapping[str, Any]) -> str:
     bits, linear = summary.get("bits"), summary.get("linear_parameters")
     if not bits or not linear:
         return str(summary.get("method") or "")
-    return f"{_count(linear)} of them {bits}{' bits' if bits != 'ternary' else ''}"
+    environment = {"bf16": ", BF16 around them", "fp8": ", emulated FP8 around them"}
+    around = environment.get(str(summary.get("environment")), "")
+    return f"{_count(linear)} of them {bits}{' bits' if bits != 'ternary' else ''}{around}"
 
 
 def _speed(tokens: float, seconds: float) -> str:

@@ -31,30 +31,48 @@ from dqt.numerics.packing import packed_size
 
 aten = torch.ops.aten
 FLOAT_BLOCK = 2**22
-PRODUCT_KINDS = ("int8", "float")
+PRODUCT_KINDS = ("int8", "float", "fp8")
+COMPUTE_BITS = ("stored", "ternary")
+GRADIENTS = ("fp32", "bf16", "fp8")
 
 
 @dataclass(frozen=True)
 class Products:
-    """How a linear layer multiplies with a weight: "int8" (integers) or "float" (the input's float dtype).
+    """How a linear layer multiplies with a weight.
+
+    Kinds of products: "int8" (integers), "float" (the input's float dtype), or "fp8" (float8 numbers times
+    integer codes, emulated in float32 products: no hardware for it was at hand). Only "fp8" goes alone.
 
     Attributes:
-        forward: y = x Wᵀ. "int8" quantizes x per token; "float" takes x as it is.
+        forward: y = x Wᵀ. "int8" and "fp8" quantize x per token; "float" takes x as it is.
         grad_input: dx = dy W.
         grad_weight: dW = dyᵀ x.
+        compute_bits: "stored", or "ternary": products take clamp(round(codes / mean|codes|), -1, 1) times
+            that mean, as BitNet does with its float weights; the gradient goes straight through.
+        gradient: What dW is rounded to before the optimizer sees it: "fp32" leaves it, "bf16", or "fp8" (e4m3
+            in blocks of 128). It still lies in a float32 tensor.
     """
 
     forward: str = "int8"
     grad_input: str = "int8"
     grad_weight: str = "int8"
+    compute_bits: str = "stored"
+    gradient: str = "fp32"
 
     def __post_init__(self) -> None:
-        for name in ("forward", "grad_input", "grad_weight"):
+        for name in PRODUCTS:
             kind = getattr(self, name)
             if kind not in PRODUCT_KINDS:
                 raise ConfigError(f"unknown product {name}={kind!r}; {did_you_mean(kind, PRODUCT_KINDS)}")
+        kinds = {getattr(self, name) for name in PRODUCTS}
+        if "fp8" in kinds and len(kinds) > 1:
+            raise ConfigError("fp8 products go alone: set forward, grad_input and grad_weight all to fp8")
+        for name, names in (("compute_bits", COMPUTE_BITS), ("gradient", GRADIENTS)):
+            if (value := getattr(self, name)) not in names:
+                raise ConfigError(f"unknown {name}={value!r}; {did_you_mean(value, names)}")
 
 
+PRODUCTS = ("forward", "grad_input", "grad_weight")
 FLOAT_PRODUCTS = Products("float", "float", "float")
 
 _functions: dict[Callable[..., Any], Callable[..., Any]] = {}
@@ -143,6 +161,9 @@ class QuantizedTensor(torch.Tensor):
     def product_codes(self) -> tuple[Tensor, Tensor]:
         """What integer products take: `int8` codes without an offset [rows, columns], and their scale."""
         codes = self.unpack_rows()
+        if self.products.compute_bits == "ternary":
+            mean = _mean_magnitude(codes)
+            return _ternarized(codes, mean), self.scale * mean
         if self.format.offset:
             codes = codes * 2 - 1  # binary: {0, 1} -> {-1, 1}, half a scale apart from zero
         return codes, self.scale / self.format.product_factor
@@ -162,6 +183,10 @@ class QuantizedTensor(torch.Tensor):
 
         A weight of up to 2**22 elements is one block; the head of the 130M preset has six of 17 MB.
         """
+        if self.products.compute_bits == "ternary":
+            codes, scale = self.product_codes()
+            yield slice(0, self.rows), (codes.float() * scale).to(self.dtype)
+            return
         height = max(1, FLOAT_BLOCK // max(1, self.shape[-1]))
         for start in range(0, max(1, self.rows), height):
             rows = slice(start, min(start + height, self.rows))
@@ -260,6 +285,17 @@ class QuantizedTensor(torch.Tensor):
         # Every other operation (norm gains, weight.t(), zeros_like, norms) reads a float copy.
         plain = pytree.tree_map_only(cls, cls.dequantize, (args, kwargs))
         return func(*plain[0], **plain[1])
+
+
+def _mean_magnitude(codes: Tensor) -> Tensor:
+    """mean|codes|, from an integer sum; a small number where all are zero."""
+    return (codes.to(torch.int16).abs().sum(dtype=torch.int64).float() / max(1, codes.numel())).clamp_min(
+        1e-5
+    )
+
+
+def _ternarized(codes: Tensor, mean: Tensor) -> Tensor:
+    return (codes.float() / mean).round_().clamp_(-1, 1).to(torch.int8)
 
 
 def _written_arguments(func: Any, args: Any, kwargs: Any) -> Iterator[Any]:

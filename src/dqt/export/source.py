@@ -8,6 +8,7 @@ so that here they become the ternary weights that it computes with.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 import shutil
 from collections.abc import Iterator
@@ -94,8 +95,11 @@ def load_source(directory: Path) -> Source:
 
 
 def without_masters(source: Source) -> Source:
-    """The same model with ternary weights, where it has the float master weights of `BitLinear`s."""
-    if not any(isinstance(module, BitLinear) for module in source.model.modules()):
+    """The same model with the ternary weights that it computes with, where those that it trains are others.
+
+    These are the float master weights of `BitLinear`s, and integers with `quant.compute_bits` = "ternary".
+    """
+    if not any(isinstance(m, BitLinear) or _computes_ternary(m) for m in source.model.modules()):
         return source
     model, ternary = copy.deepcopy(source.model), parse_bits("ternary")
     for module in model.modules():
@@ -104,7 +108,18 @@ def without_masters(source: Source) -> Source:
             scale = weight.detach().abs().mean().clamp_min(1e-5)
             module.__class__ = nn.Linear  # type: ignore[assignment]
             set_quantized_weight(module, nn.Parameter(QuantizedTensor.from_float(weight, scale, ternary)))
+        elif _computes_ternary(module):
+            stored: Any = module.weight
+            codes, scale = stored.product_codes()
+            products = dataclasses.replace(stored.products, compute_bits="stored")
+            computed = QuantizedTensor.from_float(codes * scale, scale, ternary, products)
+            set_quantized_weight(module, nn.Parameter(computed))
     return replace(source, model=model)
+
+
+def _computes_ternary(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, QuantizedTensor) and weight.products.compute_bits == "ternary"
 
 
 def exported_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

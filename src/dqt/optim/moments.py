@@ -39,13 +39,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dqt import ops
-from dqt.numerics.float8 import E4M3, LARGEST, SMALLEST_E4M3, stochastic_e4m3
+from dqt.numerics.float8 import BLOCK, E4M3, LARGEST, SMALLEST_E4M3, stochastic_e4m3
 from dqt.ops.reference import SMALLEST_ABSMAX, exact_sqrt
 
 FIRST_MOMENTS = ("none", "fp32", "bf16", "int8", "fp8")
 SECOND_MOMENTS = ("none", "full", "bf16", "int8", "fp8", "factored")
-BLOCK = 128
-"""Columns that share a scale."""
 
 _FIRST_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": E4M3}
 _SECOND_TYPES = {"full": torch.float32, "bf16": torch.bfloat16, "int8": torch.uint8, "fp8": E4M3}

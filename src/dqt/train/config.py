@@ -24,7 +24,7 @@ import tomli_w
 from dqt.errors import ConfigError, did_you_mean
 from dqt.models import PRESETS
 from dqt.recipes import Recipe, lr_rule, recipe_for
-from dqt.tensor import Products
+from dqt.tensor import PRODUCTS
 from dqt.train.guard import SKIP
 from dqt.train.section import Section
 from dqt.train.sections import (
@@ -153,14 +153,17 @@ class Config:
         own = {name: getattr(quant, name) for name in _QUANT_TO_RECIPE}
         own |= {name: getattr(optim, name) for name in _OPTIM_TO_RECIPE}
         own["optimizer"] = optim.name
+        given = {name: value for name, value in own.items() if value is not None}
         products = {name: getattr(quant, name) for name in _PRODUCTS if getattr(quant, name) is not None}
         if products:
-            default = recipe_for(quant.method, quant.bits).products
-            own["products"] = replace(default, **products)
-        return recipe_for(quant.method, quant.bits, **{k: v for k, v in own.items() if v is not None})
+            environment = {} if quant.environment is None else {"environment": quant.environment}
+            given["products"] = replace(
+                recipe_for(quant.method, quant.bits, **environment).products, **products
+            )
+        return recipe_for(quant.method, quant.bits, **given)
 
 
-_PRODUCTS = tuple(each.name for each in fields(Products))
+_PRODUCTS = (*PRODUCTS, "compute_bits")
 _QUANT_TO_RECIPE = (
     "init_gain",
     "scale_rule",
@@ -171,6 +174,7 @@ _QUANT_TO_RECIPE = (
     "hysteresis",
     "rounding",
     "error_feedback",
+    "environment",
 )
 _OPTIM_TO_RECIPE = (
     *("lr", "betas", "float_betas", "eps", "weight_decay", "second_moment"),

@@ -65,7 +65,7 @@ def train(
     # Refuses sizes that make no model before any text is read.
     build_config(config.model.preset, config.model.arch, overrides=config.model.overrides)
     refuse_what_does_not_fit(config)
-    if config.quant.method == "bf16":
+    if config.recipe().autocasts:
         ensure_bf16_products()
     if config.train.compile:
         require_compiler()

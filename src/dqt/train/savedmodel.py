@@ -125,9 +125,11 @@ def load_model(directory: str | Path) -> tuple[PreTrainedModel, TextTokenizer, d
 
 def precision(info: Mapping[str, Any]) -> contextlib.AbstractContextManager[Any]:
     """The autocast context that a model was trained in, its products made safe."""
-    if info["method"] == "bf16":
+    environment = info.get("recipe", {}).get("environment", "fp32")
+    recipe = recipe_for(info["method"], info["bits"], environment=environment)
+    if recipe.autocasts:
         ensure_bf16_products()
-    return autocast(recipe_for(info["method"], info["bits"]), "cpu")
+    return autocast(recipe, "cpu")
 
 
 def _describe(model: nn.Module, report: QuantizeReport) -> dict[str, dict[str, Any]]:

@@ -96,7 +96,9 @@ class QuantConfig(Section):
         hysteresis: In grid steps.
         rounding: Of the write-back, one of `dqt.numerics.rounding.ROUNDINGS`.
         error_feedback: "none", or "eco".
+        environment: "fp32", "bf16" or "fp8": activations, gradients and moments beside the low-bit weights.
         forward: Product of the forward pass, "int8" or "float"; the next two are those of the backward pass.
+        compute_bits: "stored", or "ternary".
     """
 
     section: ClassVar[str] = "quant"
@@ -114,9 +116,11 @@ class QuantConfig(Section):
     hysteresis: float | None = None
     rounding: str | None = None
     error_feedback: str | None = None
+    environment: str | None = None
     forward: str | None = None
     grad_input: str | None = None
     grad_weight: str | None = None
+    compute_bits: str | None = None
 
     def _validate(self) -> None:
         if self.bits is not None:

@@ -287,6 +287,7 @@ class Trainer(Learner):
             "linear_parameters": self.parameters.linear,
             "method": self.recipe.method,
             "bits": self.recipe.bits,
+            "environment": self.recipe.environment,
             "seed": self.config.train.seed,
             "unigram_nats": self.corpus.unigram_nats,
             "data": {"source": self.corpus.manifest.get("source"), "hash": self.corpus.hash},
