@@ -25,6 +25,7 @@ LAYERS = (
     "tensor",
     "nn",
     "fused",
+    "calibrate",
     "quantize",
     "optim",
     "baselines",

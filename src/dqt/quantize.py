@@ -12,10 +12,12 @@ import fnmatch
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dqt.calibrate import input_products, round_for_output
 from dqt.errors import ConfigError
 from dqt.nn import set_quantized_weight
 from dqt.numerics.formats import Format, parse_bits
@@ -74,6 +76,7 @@ def quantize_(
     per_row: bool = False,
     products: Products = Products(),  # noqa: B008  frozen
     materialize: Callable[[str], None] | None = None,
+    calibrate: Tensor | Mapping[str, Any] | None = None,
 ) -> QuantizeReport:
     """Replaces float weights by packed low-bit integers, in place.
 
@@ -91,6 +94,9 @@ def quantize_(
         materialize: For a model on the meta device: called with the name of a module that holds a weight,
             just before it is converted, to make its tensors real. One float weight at a time exists then;
             what stays float stays on the meta device.
+        calibrate: A batch that the model can be called with, a tensor or keyword arguments. Linear weights
+            are then rounded for the least error of their outputs on it, see `dqt.calibrate`: for a model
+            that comes from a float checkpoint. Without it every weight is rounded to nearest.
 
     Returns:
         What was converted, what was left and why, and which rules matched nothing (also a warning).
@@ -108,6 +114,11 @@ def quantize_(
     report = QuantizeReport()
     head_weights = {id(head.weight) for head in output_heads(model)}
     unmatched = set(patterns)
+    if calibrate is not None and materialize is not None:
+        raise ConfigError(
+            "calibrate runs the float model, which is on the meta device: leave materialize out"
+        )
+    inputs = {} if calibrate is None else input_products(model, calibrate)
 
     weights = _weights(model)
     while weights:
@@ -125,7 +136,9 @@ def quantize_(
             materialize(next(iter(sharing)))
         rule = scale_rule or default_scale_rule(target)
         scale = _scale(full_name, weight, target, rule, headroom, per_row)
-        quantized = QuantizedTensor.from_float(weight, scale, target, FLOAT_PRODUCTS if is_head else products)
+        seen = inputs.pop(id(weight), None)
+        values = weight if seen is None else round_for_output(weight, scale, target, seen).to(weight.dtype)
+        quantized = QuantizedTensor.from_float(values, scale, target, FLOAT_PRODUCTS if is_head else products)
         parameter = nn.Parameter(quantized, requires_grad=weight.requires_grad)
         for module in sharing.values():
             set_quantized_weight(module, parameter)
