@@ -37,7 +37,7 @@ PAPER_EXTRA = 1.5
 """How much of that time the paper's arms took in addition."""
 
 REFERENCE_EXTRA = 1.5
-"""The same for updates that have no kernel. A guess."""
+"""The same for updates and environments that have no kernel. A guess."""
 
 SECONDS_A_RUN = 2.0
 """Before and after the steps: building, evaluating, saving."""
@@ -195,6 +195,7 @@ def expected_seconds(config: Config) -> float:
         or recipe.residual_bits == FLOAT_RESIDUAL
         or recipe.drop_smallest
         or recipe.error_feedback != "none"
+        or recipe.environment != "fp32"
     )
     factor = 1.0 + PAPER_EXTRA * (recipe.method == "paper") + REFERENCE_EXTRA * bool(reference)
     return SECONDS_A_RUN + factor * SECONDS_A_PRODUCT * required(train.steps) * batch * products
@@ -205,5 +206,7 @@ def _reason(running: _Running) -> str:
     status = running.process.exitcode
     if status < 0:
         return f"killed by signal {-status}{' (out of memory?)' if status == -9 else ''}"
+    if status == 0:
+        return "its directory holds another config or text than it was given: has the code changed meanwhile?"
     lines = running.log.read_text(errors="replace").strip().splitlines() if running.log.is_file() else []
     return lines[-1].removeprefix("dqt: error: ") if lines else f"exit status {status}"

@@ -151,6 +151,8 @@ def _main() -> Suite:
             arm("BitNet, β₁ 0.9", "0.9", {**BITNET.settings, **FIRST_MOMENT}),
             arm("BitNet, β₁ 0", "0", {**BITNET.settings, **NO_FIRST_MOMENT}),
             arm("8-bit strict", "0.9", strict("8")),
+            arm("8-bit strict, BF16", "0.9", strict("8", quant__environment="bf16")),
+            arm("8-bit strict, FP8 (emulated)", "0.9", strict("8", quant__environment="fp8")),
             arm("4-bit + 8-bit residual", "0", residual("4")),
             arm("ternary + 8-bit residual", "0", residual("ternary")),
             arm("ternary + 6-bit residual", "0", residual("ternary", quant__residual_bits=6)),
@@ -164,6 +166,8 @@ def _main() -> Suite:
 def _paper() -> Suite:
     experiments: dict[str, Settings] = {
         "Adafactor": {"optim__name": "adafactor"},
+        "BF16": {"quant__environment": "bf16"},
+        "FP8 (emulated)": {"quant__environment": "fp8"},
         "to nearest": {"quant__rounding": "nearest"},
         "smallest 20 % dropped": {"optim__drop_smallest": 0.2},
     }
@@ -245,6 +249,10 @@ def _residual() -> Suite:
         Arm("full second moment", residual("ternary", optim__second_moment="full")),
         Arm("int8 second moment", residual("ternary", optim__second_moment="int8")),
         Arm("ECO as published, β₁ 0.9", strict("ternary", quant__error_feedback="eco")),
+        *(
+            Arm(f"{bits} bits stored, ternary computed", strict(bits, quant__compute_bits="ternary"))
+            for bits in ("8", "4")
+        ),
     ]
     recipe = "k = 8 (the recipe)"
     return Suite(
