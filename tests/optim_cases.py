@@ -70,6 +70,7 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dropped": ("8", {"residual_bits": 0, "drop_smallest": 0.2}),
     "paper, dropped": ("4", {"optimizer": PaperAdamW, "drop_smallest": 0.2}),
     "paper, nearest": ("4", {"optimizer": PaperAdamW, "rounding": "nearest"}),
+    "learned scale": ("4", {"residual_bits": 8, "learn_scale": True}),
     "ECO": ("8", {"residual_bits": 0, "error_feedback": "eco", "second_moment": "factored"}),
     "ECO, SGD": ("8", {"optimizer": SGD, "residual_bits": 0, "momentum": 0.9, "error_feedback": "eco"}),
     "SGD": ("8", {"optimizer": SGD, "residual_bits": 0, "momentum": 0.9}),

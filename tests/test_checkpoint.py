@@ -36,6 +36,7 @@ METHODS: list[dict[str, Any]] = [
     {"quant__bits": "4", "optim__name": "sgd", "optim__first_moment": "bf16"},
     {"quant__bits": "4", "quant__residual_bits": 32},
     {"quant__bits": "8", "quant__environment": "bf16"},
+    {"quant__bits": "8", "quant__scale_rule": "learned"},
     {"quant__bits": "8", "quant__environment": "fp8", "quant__compute_bits": "ternary"},
     {"quant__bits": "8", "quant__rounding": "learned", "optim__drop_smallest": 0.2},
     {"quant__bits": "8", "quant__error_feedback": "eco"},

@@ -47,6 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bf16 environment": {"quant.environment": "bf16"},
     "fp8 environment": {"quant.bits": "8", "quant.environment": "fp8", "quant.rules": {"*.up_proj": "float"}},
     "ternary computed": {"quant.bits": "8", "quant.compute_bits": "ternary"},
+    "learned scale": {"quant.scale_rule": "learned", "quant.per_row": True},
     "float residual": {"quant.residual_bits": 32},
     "Adafactor": {"optim.name": "adafactor", "optim.betas": [0.9, 0.95]},
     "SGD": {"optim.name": "sgd"},

@@ -110,6 +110,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": "strict", "error_feedback": "eco", "optimizer": "adafactor"}, "AdamW and SGD"),
     ({"method": "strict", "error_feedback": "eco", "first_moment": "int8"}, "fp32 first moment"),
     ({"method": "strict", "error_feedback": "ecco"}, "did you mean 'eco'"),
+    ({"method": "paper", "scale_rule": "learned"}, "a frozen rule such as gaussian"),
+    (
+        {"method": "strict", "bits": 8, "scale_rule": "learned", "products": COMPUTED},
+        "leave scale_rule=learned",
+    ),
     ({"environment": "fp16"}, "did you mean 'bf16'|did you mean 'fp8'"),
     ({"method": "bitnet", "environment": "bf16"}, "use method bf16 for bfloat16 floats"),
     ({"method": "strict", "bits": 8, "products": Products(*(["fp8"] * 3))}, "set environment alone"),

@@ -52,6 +52,7 @@ RULES = [
     ("gaussian", GAUSSIAN_STEP["4"] * math.sqrt(26 / 4)),
     ("absmean", 2 / 7),
     ("absmax", 4 / 7),
+    ("learned", GAUSSIAN_STEP["4"] * math.sqrt(26 / 4)),
     ("paper", 2 / 7),
 ]
 

@@ -199,3 +199,33 @@ def test_a_learning_rate_of_zero_feeds_nothing_back() -> None:
 def test_eco_refuses_what_it_is_not_published_for(kind: Any, settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="error_feedback=eco"):
         kind([("w", make_weight())], error_feedback="eco", **settings)
+
+
+# -- learned scales ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_a_learned_scale_follows_its_gradient(per_row: bool) -> None:
+    """Against Adam without a first moment on the logarithm's first order, in float64; codes stand still."""
+    weight, lr, beta2 = make_weight(), 0.01, 0.9
+    if per_row:
+        weight.scale = torch.full((6, 1), SCALE)
+    # No displacement reaches half a step, so that rounding to nearest moves no code.
+    optimizer = AdamW(
+        [("w", weight)], lr, (0.0, beta2), rounding="nearest", residual_bits=0, learn_scale=True
+    )
+    value, v = weight.unpack().double(), 0.0
+    expected = weight.scale.double().clone()
+    for t in range(1, 6):
+        grad = gradient(weight.shape, t)
+        assert not step(optimizer, weight, grad.clone()).any()
+        g = (grad.double() * value).sum(1, keepdim=True) if per_row else (grad.double() * value).sum()
+        v = beta2 * v + (1 - beta2) * g**2
+        expected = expected * (1 - lr * g / (v / (1 - beta2**t)) ** 0.5)
+        torch.testing.assert_close(optimizer.state[weight]["scale"].double(), expected, rtol=1e-5, atol=0)
+        assert torch.equal(weight.scale, optimizer.state[weight]["scale"].half().float())
+
+
+def test_learned_scales_need_adamw() -> None:
+    with pytest.raises(ConfigError, match="learn_scale needs AdamW"):
+        SGD([("w", make_weight())], learn_scale=True)

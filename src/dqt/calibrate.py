@@ -39,7 +39,7 @@ def input_products(model: nn.Module, batch: Tensor | Mapping[str, Any]) -> dict[
         ConfigError: If the inputs of a layer hold NaN or Inf, or no linear layer is reached.
     """
     found: dict[int, Tensor] = {}
-    names = {module: name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    names: dict[nn.Module, str] = {m: name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
 
     def collect(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].detach().float().reshape(-1, inputs[0].shape[-1])

@@ -92,6 +92,8 @@ class Weight:
         bytes_of |= dict.fromkeys(("int8", "fp8"), self.count + blocks)
         bytes_of["factored"] = 4 * (self.rows + self.shape[-1])
         total = bytes_of[first] + bytes_of[second]
+        if low_bit and recipe.scale_rule == "learned":
+            total += 2 * 4 * (self.rows if recipe.per_row else 1)
         if low_bit and recipe.residual_bits >= 16:
             total += recipe.residual_bits // 8 * self.count
         elif low_bit and recipe.residual_bits:

@@ -156,6 +156,12 @@ def _conflicts(recipe: Recipe) -> Iterator[tuple[object, str]]:
         not recipe.frozen_scale and method != "paper",
         f"method {method} has no scale to recompute: frozen_scale = false is for method paper",
     )
+    yield (
+        recipe.scale_rule == "learned"
+        and (method not in ("strict", "residual") or optimizer != "adamw" or recipe.error_feedback == "eco"),
+        "scale_rule=learned trains scales with AdamW in methods strict and residual, without error feedback: "
+        "use these, or a frozen rule such as gaussian",
+    )
     yield from _conflicts_of_products(recipe)
     yield from _conflicts_of_paper(recipe)
     yield from _conflicts_of_rounding(recipe)
@@ -206,6 +212,10 @@ def _conflicts_of_products(recipe: Recipe) -> Iterator[tuple[object, str]]:
             "compute_bits=ternary rounds stored integers of 4 to 8 bits, which method "
             f"{recipe.method}{f' with {recipe.bits} bits' if recipe.bits else ''} has not: use method strict "
             "with bits 8, or bits ternary without compute_bits",
+        )
+        yield (
+            recipe.scale_rule == "learned",
+            "compute_bits=ternary has its own scale, the mean of the codes: leave scale_rule=learned out",
         )
         yield (
             recipe.per_row,

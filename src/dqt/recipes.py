@@ -235,6 +235,7 @@ def build_optimizer(
         "rounding": recipe.rounding,
         "drop_smallest": recipe.drop_smallest,
         "error_feedback": recipe.error_feedback,
+        "learn_scale": recipe.scale_rule == "learned",
     }
     if recipe.method == "paper":
         group: list[dict[str, Any]] = [{"params": named, **main}]

@@ -8,6 +8,7 @@ formats store float16 scales, so that an exported weight is exactly the trained 
     absmean    mean|w| for ternary as in BitNet b1.58, 2*mean|w| for binary (default for both);
                mean|w| / qmax for other widths
     absmax     max|w| reaches the end of the grid: nothing is clipped
+    learned    begins as the default of the width, and is trained: see `dqt.optim.learned_scale`
     paper      mean|w| / qmax, the initial scale of the published code (arXiv 2412.04787); not rounded
 """
 
@@ -50,10 +51,15 @@ def _absmax(weight: Tensor, fmt: Format) -> Tensor:
     return weight.abs().amax(dim=1) / fmt.half_range
 
 
+def _learned(weight: Tensor, fmt: Format) -> Tensor:
+    return SCALE_RULES[default_scale_rule(fmt)](weight, fmt)
+
+
 SCALE_RULES: dict[str, Callable[[Tensor, Format], Tensor]] = {
     "gaussian": _gaussian,
     "absmean": _absmean,
     "absmax": _absmax,
+    "learned": _learned,
     "paper": _absmean,
 }
 

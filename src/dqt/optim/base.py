@@ -23,6 +23,7 @@ from dqt.numerics import philox
 from dqt.numerics.rounding import ROUNDINGS
 from dqt.optim import checks, fused
 from dqt.optim.eco import ERROR_FEEDBACKS, feed_back
+from dqt.optim.learned_scale import new_scale_state, update_scale
 from dqt.optim.moments import FIRST_MOMENTS, SECOND_MOMENTS, Moments, mean_squares, ordered_mean
 from dqt.optim.rule import Rule
 from dqt.optim.step import Step, gradient_matrix, matrix_shape, write_float
@@ -52,6 +53,7 @@ class Options(TypedDict, total=False):
             in grid steps.
         rounding: "stochastic"; for comparison one of the others in `dqt.numerics.rounding`.
         drop_smallest: Share of the smallest updates of a low-bit weight that is dropped; for comparison.
+        learn_scale: Train the scales of low-bit weights too (AdamW only); see `dqt.optim.learned_scale`.
         error_feedback: "none", or "eco"; see `dqt.optim.eco`.
         first_moment: How a first moment is kept: "none", "fp32", "bf16", "int8" or "fp8"; see
             `dqt.optim.moments`.
@@ -62,6 +64,7 @@ class Options(TypedDict, total=False):
     hysteresis: float
     rounding: str
     drop_smallest: float
+    learn_scale: bool
     error_feedback: str
     first_moment: str
 
@@ -72,6 +75,7 @@ _DEFAULTS: dict[str, Any] = {
     "hysteresis": DEFAULT_HYSTERESIS,
     "rounding": "stochastic",
     "drop_smallest": 0.0,
+    "learn_scale": False,
     "error_feedback": "none",
     "first_moment": "fp32",
 }
@@ -144,6 +148,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                 raise ConfigError(f"unknown {key} {value!r}; {did_you_mean(value, names)}")
         if not 0.0 <= group["drop_smallest"] < 1.0:
             raise ConfigError(f"drop_smallest={group['drop_smallest']} must be in [0, 1)")
+        if group["learn_scale"] and "betas" not in group:
+            raise ConfigError("learn_scale needs AdamW: no other optimizer here has a decay for its squares")
         if group["error_feedback"] == "eco":
             self._check_error_feedback(group)
         check_residual(0 if group["residual_bits"] == "auto" else group["residual_bits"], group["hysteresis"])
@@ -265,6 +271,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             stats=self._stats if self.collect_telemetry else None,
         )
         if isinstance(parameter, QuantizedTensor):
+            if group["learn_scale"]:
+                update_scale(parameter, grad, state, group["lr"], group["betas"][1])
             self._write(step, parameter)
         elif not fused.update(step):
             write_float(step)
@@ -298,6 +306,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         self._moments(parameter, group, state).create(grad)
         if (bits := _residual_bits(parameter, group)) and isinstance(parameter, QuantizedTensor):
             state["residual"] = new_residual(parameter, bits, grad.device)
+        if group["learn_scale"] and isinstance(parameter, QuantizedTensor):
+            state |= new_scale_state(parameter, grad.device)
         return state
 
     def _moments(self, parameter: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Moments:
