@@ -20,6 +20,7 @@ from dqt.export import gguf_file, gguf_vocab, hf
 from dqt.export.command import export
 from dqt.export.llama_cpp import next_log_probs
 from dqt.export.source import load_source
+from dqt.export.verify import Agreement
 from export_helpers import VOCABULARY, saved_model
 
 TEXT = [os.__file__]
@@ -66,6 +67,26 @@ def test_computes_the_same(model: dict[str, Any], target: str, kind: str | None,
         assert {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"} <= set(
             result.files
         )
+
+
+GOOD = Agreement("gguf", "a program", 2000, 0.1, 0.05, 0, 0.01, 0.2, 3, 0.02)
+
+
+@pytest.mark.parametrize(
+    ("changes", "holds"),
+    [
+        ({}, True),
+        ({"largest": 0.3, "beyond": 2}, True),
+        ({"largest": 0.3, "beyond": 3}, False),
+        ({"margin": 0.11}, False),
+        ({"target": "hf", "disagreements": 0, "anywhere": 0.1}, True),
+        ({"target": "hf", "disagreements": 1, "anywhere": 0.1}, False),
+        ({"target": "hf", "disagreements": 0, "anywhere": 0.11}, False),
+    ],
+    ids=str,
+)
+def test_what_is_near_enough(changes: dict[str, Any], holds: bool) -> None:
+    assert dataclasses.replace(GOOD, **changes).holds is holds
 
 
 def test_rows_in_the_wrong_order_do_not_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
