@@ -207,6 +207,7 @@ def _file_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
     from safetensors import safe_open
 
     for path in files:
+        storage.tensor_shapes(path)
         with safe_open(path, framework="pt") as file:
             for key in sorted(file.keys()):
                 yield f"{path.name} {key}", file.get_tensor(key)

@@ -90,7 +90,7 @@ def read_run(directory: str | Path) -> RunRecord:
         directory=directory,
         state=str(run.get("state", "unknown")),
         summary=run.get("summary") or {},
-        config=config.read_text(encoding="utf-8") if config.is_file() else "",
+        config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
         training=_by_step(lines, "loss"),
         evaluation=_by_step(lines, "val_loss"),
         codes=_by_step(lines, "codes"),
@@ -166,7 +166,7 @@ def _by_step(lines: Iterable[dict[str, Any]], key: str) -> list[dict[str, Any]]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ModelError(f"{path} is damaged: {error}; delete it, or train again") from error
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -91,6 +92,7 @@ class Nursery:
         """
         self._count += 1
         output = self._directory / f"{self._count}.txt"
+        output.touch()
         pid = self.ask({"argv": argv, "first": first, "env": env or {}, "output": str(output)})
         return Child(self, pid, output)
 
@@ -106,7 +108,6 @@ def named(function: Any) -> str:
 
 
 def _serve() -> None:
-    import matplotlib.pyplot  # noqa: F401
     import pytest  # noqa: F401
     import torch
     import transformers.models.bitnet.modeling_bitnet
@@ -114,19 +115,25 @@ def _serve() -> None:
 
     import dqt.inspection
     import dqt.report
-    import dqt.train.loop  # noqa: F401
+    import dqt.train.loop
 
+    dqt.report.write_report = Path  # 3 s of plots at the end of every run, tested elsewhere
     torch.set_num_threads(1)
+    alive: set[int] = set()
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
             _, status = os.waitpid(request["wait"], 0)
+            alive.remove(request["wait"])
             answer = os.waitstatus_to_exitcode(status)
         else:
             answer = os.fork()
             if not answer:
                 _become(**request)
+            alive.add(answer)
         print(answer, flush=True)
+    for child in alive:  # of tests that failed
+        os.kill(child, signal.SIGKILL)
 
 
 def _become(argv: list[str], first: list[tuple[str, list[Any]]], env: dict[str, str], output: str) -> None:

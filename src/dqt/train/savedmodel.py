@@ -35,7 +35,7 @@ from dqt.numerics.formats import parse_bits
 from dqt.numerics.packing import packed_size
 from dqt.ops.bf16_guard import ensure_bf16_products
 from dqt.quantize import QuantizeReport
-from dqt.recipes import Recipe, autocast, recipe_for
+from dqt.recipes import METHODS, Recipe, autocast, recipe_for
 from dqt.tensor import Products, QuantizedTensor
 from dqt.train import storage
 from dqt.train.checkpoint import versions
@@ -107,6 +107,8 @@ def load_model(directory: str | Path) -> tuple[PreTrainedModel, TextTokenizer, d
         )
     info = storage.load_json(path / INFO)
     storage.check_version(path / INFO, info)
+    if info.get("method") not in METHODS:
+        raise ModelError(f"{path / INFO} names no method that dqt knows: {str(info.get('method'))[:40]!r}")
     storage.verify(path, (INFO, MODEL, "config.json", "tokenizer.json"))
     try:
         tokenizer = load_tokenizer(path)
@@ -188,7 +190,7 @@ def _empty(path: Path, tensors: int) -> PreTrainedModel:
     except DqtError:
         raise
     except Exception as error:  # whatever transformers makes of a config that it can't read
-        raise ModelError(f"{path} makes no model: {error}") from error
+        raise ModelError(f"{path} makes no model: {' '.join(str(error).split())[:300]}") from error
 
 
 def _make_low_bit(

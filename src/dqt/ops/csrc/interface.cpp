@@ -325,6 +325,8 @@ int dqt_update(DqtUpdate* args) {
   const DqtUpdate& a = *args;
   // An element's index / 4 is one 32-bit word of the counter of its random numbers.
   if (!fits(a.rows, a.columns) || a.rows * a.columns > kMaxStream) return kBadSize;
+  if (a.first < kNone || a.first > kInt8 || a.second < kNone || a.second > kFactored || a.second == kBfloat)
+    return kBadSize;
   if (a.codes) {
     if (!packs(a.bits) || a.code_bytes != packed_size(a.columns, a.bits)) return kBadSize;
     if (a.levels < 2 || a.levels > 1 << a.bits) return kBadSize;

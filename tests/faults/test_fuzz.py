@@ -1,6 +1,9 @@
-"""The C interface under AddressSanitizer and UndefinedBehaviorSanitizer, with random shapes and values.
+"""Row 20: the kernels' C interface under AddressSanitizer and UndefinedBehaviorSanitizer, with random input.
 
-`DQT_FUZZ_ROUNDS=5000 DQT_FUZZ_SEED=1 pytest tests/test_fuzz.py` runs it for longer, on other numbers.
+All kernels but the AMX product, which not every CPU has; test_products.py compares it with the reference.
+Rounding and packing have exact tests of their own (test_rounding.py, test_formats_packing.py).
+
+`DQT_FUZZ_ROUNDS=5000 DQT_FUZZ_SEED=1 pytest tests/faults/test_fuzz.py` runs it for longer, on other numbers.
 """
 
 from __future__ import annotations
@@ -14,14 +17,14 @@ from pathlib import Path
 
 import pytest
 
-SOURCES = Path(__file__).parents[1] / "src" / "dqt" / "ops" / "csrc"
-DRIVER = Path(__file__).parent / "fuzz" / "fuzz_kernels.cpp"
+SOURCES = Path(__file__).parents[2] / "src" / "dqt" / "ops" / "csrc"
+DRIVER = Path(__file__).with_name("fuzz_kernels.cpp")
 FLAGS = [
     *("-std=c++17", "-O1", "-g", "-pthread", "-ffp-contract=off", "-fno-math-errno", f"-I{SOURCES}"),
     *("-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"),
 ]
 # Instruction set flags as in CMakeLists.txt.
-UNITS = {DRIVER: [], **{SOURCES / f"{name}.cpp": [] for name in ("interface", "isa_portable", "gemm")}}
+UNITS: dict[Path, list[str]] = {SOURCES / f"{name}.cpp": [] for name in ("interface", "isa_portable", "gemm")}
 if platform.machine().lower() in ("x86_64", "amd64"):
     FLAGS.append("-DDQT_X86")
     UNITS[SOURCES / "isa_avx2.cpp"] = ["-mavx2", "-mfma"]
@@ -39,18 +42,30 @@ def compiler(folder: Path) -> str:
     pytest.skip("no g++ or clang++ with -fsanitize=address,undefined: install one with its sanitizers")
 
 
-def test_kernels_under_sanitizers(tmp_path: Path) -> None:
-    cxx = compiler(tmp_path)
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Path]]:
+    """The compiler, and the kernels compiled with sanitizers."""
+    folder = tmp_path_factory.mktemp("objects")
+    cxx = compiler(folder)
 
     def build(unit: Path) -> Path:
-        target = tmp_path / f"{unit.stem}.o"
+        target = folder / f"{unit.stem}.o"
         subprocess.run([cxx, *FLAGS, *UNITS[unit], "-c", unit, "-o", target], check=True)
         return target
 
     with ThreadPoolExecutor() as pool:
-        objects = list(pool.map(build, UNITS))
-    program = tmp_path / "fuzz"
-    subprocess.run([cxx, *FLAGS, *objects, "-o", program], check=True)
+        return cxx, list(pool.map(build, UNITS))
+
+
+def room_for_the_last_element(patch: pytest.MonkeyPatch) -> None:
+    patch.setenv("DQT_FUZZ_DEFINE", "DQT_FUZZ_SHORT")
+
+
+@pytest.mark.row(20, room_for_the_last_element)
+def test_kernels_under_sanitizers(objects: tuple[str, list[Path]], tmp_path: Path) -> None:
+    cxx, kernels = objects
+    program, define = tmp_path / "fuzz", os.environ.get("DQT_FUZZ_DEFINE", "DQT_FUZZ")
+    subprocess.run([cxx, *FLAGS, f"-D{define}", DRIVER, *kernels, "-o", program], check=True)
     rounds, seed = os.environ.get("DQT_FUZZ_ROUNDS", "40"), os.environ.get("DQT_FUZZ_SEED", "0")
     done = subprocess.run([program, rounds, seed], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]

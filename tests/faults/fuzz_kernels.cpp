@@ -1,4 +1,4 @@
-// Fuzzes the C interface of the CPU kernels with random shapes and values; tests/test_fuzz.py builds it with sanitizers.
+// Fuzzes the C interface of the CPU kernels with random shapes and values; tests/faults/test_fuzz.py builds it with sanitizers.
 //
 // Every buffer is allocated at its exact size, so that an access one byte too far is reported. Values are drawn from a
 // bag with NaN, Inf, denormals, signed zeros and the ends of every integer type. The instruction sets must agree bit
@@ -14,7 +14,21 @@
 #include <utility>
 #include <vector>
 
+#include "dqt_cpu.h"
+
 extern "C" {
+int dqt_row_squares(std::int64_t, std::int64_t, const float*, const float*, float*);
+int dqt_packed_linear(std::int64_t, std::int64_t, const float*, const std::uint8_t*, const float*, std::int64_t,
+                      std::int64_t, std::int64_t, std::int64_t, const float*, float*);
+int dqt_rms_norm(std::int64_t, std::int64_t, const float*, const float*, double, float*, float*);
+int dqt_rms_norm_backward(std::int64_t, std::int64_t, const float*, const float*, const float*, const float*, float*,
+                          float*);
+int dqt_swiglu(std::int64_t, std::int64_t, const float*, const float*, float*);
+int dqt_swiglu_quantized(std::int64_t, std::int64_t, const float*, const float*, std::int8_t*, float*);
+int dqt_swiglu_backward(std::int64_t, std::int64_t, const float*, const float*, const float*, float*, float*);
+int dqt_rotary(std::int64_t, std::int64_t, const float*, const float*, const float*, std::int64_t, std::int64_t,
+               std::int64_t, float*);
+int dqt_update(DqtUpdate*);
 int dqt_select(const char*);
 void dqt_set_threads(int);
 int dqt_quantize_rows(std::int64_t, std::int64_t, const float*, std::int8_t*, float*);
@@ -33,6 +47,12 @@ int dqt_causal_attention_backward(std::int64_t, std::int64_t, const float*, cons
 }
 
 namespace {
+
+#ifdef DQT_FUZZ_SHORT
+constexpr int kMissing = 1;  // a buffer is one element short: what the sanitizers must report
+#else
+constexpr int kMissing = 0;
+#endif
 
 using i64 = std::int64_t;
 std::mt19937_64 generator;
@@ -106,7 +126,7 @@ struct Case {
 Output run_quantize_rows(i64 rows, i64 columns) {
   const auto x = floats(rows * columns);
   std::vector<std::int8_t> q(x.size());
-  std::vector<float> scale(static_cast<std::size_t>(rows));
+  std::vector<float> scale(static_cast<std::size_t>(rows > 0 ? rows - kMissing : 0));
   if (dqt_quantize_rows(rows, columns, x.data(), q.data(), scale.data()))
     fail("refused", "quantize_rows", rows, columns);
   Output out;
@@ -193,7 +213,133 @@ Output run_attention(i64 rows, i64 columns) {
   return output;
 }
 
-constexpr Case kCases[] = {{"quantize_rows", run_quantize_rows}, {"quantize_columns", run_quantize_columns},
+Output run_row_squares(i64 rows, i64 columns) {
+  const auto x = floats(rows * columns), factor = floats(columns);
+  std::vector<float> mean(static_cast<std::size_t>(rows));
+  if (dqt_row_squares(rows, columns, x.data(), between(0, 1) ? factor.data() : nullptr, mean.data()))
+    fail("refused", "row_squares", rows, columns);
+  Output out;
+  out.add(mean);
+  return out;
+}
+
+Output run_packed_linear(i64 rows, i64 columns) {
+  const i64 tokens = between(0, 5), bits = between(1, 8), is_signed = bits > 1, per_row = between(0, 1);
+  const auto x = floats(tokens * columns, true), scale = floats(per_row ? rows : 1, true), bias = floats(rows, true);
+  const auto codes = integers<std::uint8_t>(rows * packed_size(columns, bits));
+  std::vector<float> y(static_cast<std::size_t>(tokens * rows));
+  if (dqt_packed_linear(tokens, columns, x.data(), codes.data(), scale.data(), rows, bits, is_signed, per_row,
+                        between(0, 1) ? bias.data() : nullptr, y.data()))
+    fail("refused", "packed_linear", rows, columns);
+  Output out;
+  out.add(y);
+  return out;
+}
+
+Output run_rms_norm(i64 rows, i64 columns) {
+  const auto x = floats(rows * columns), weight = floats(columns), dy = floats(rows * columns);
+  std::vector<float> y(x.size()), rstd(static_cast<std::size_t>(rows)), dx(x.size()), dweight(weight.size());
+  if (dqt_rms_norm(rows, columns, x.data(), weight.data(), 1e-6, y.data(), rstd.data()) ||
+      dqt_rms_norm_backward(rows, columns, dy.data(), x.data(), weight.data(), rstd.data(), dx.data(), dweight.data()))
+    fail("refused", "rms_norm", rows, columns);
+  Output out;
+  for (const auto& each : {y, rstd, dx, dweight}) out.add(each);
+  return out;
+}
+
+Output run_swiglu(i64 rows, i64 columns) {
+  const auto gate = floats(rows * columns), up = floats(rows * columns), dh = floats(rows * columns);
+  std::vector<float> h(gate.size()), scale(static_cast<std::size_t>(rows)), dgate(gate.size()), dup(gate.size());
+  std::vector<std::int8_t> q(gate.size());
+  if (dqt_swiglu(rows, columns, gate.data(), up.data(), h.data()) ||
+      dqt_swiglu_quantized(rows, columns, gate.data(), up.data(), q.data(), scale.data()) ||
+      dqt_swiglu_backward(rows, columns, dh.data(), gate.data(), up.data(), dgate.data(), dup.data()))
+    fail("refused", "swiglu", rows, columns);
+  Output out;
+  for (const auto& each : {h, scale, dgate, dup}) out.add(each);
+  out.add(q);
+  return out;
+}
+
+Output run_rotary(i64 rows, i64 columns) {
+  const i64 width = columns + columns % 2, heads = between(1, 4), positions = between(1, 9);
+  const auto x = floats(rows * heads * width), cos = floats(positions * width), sin = floats(positions * width);
+  std::vector<float> y(x.size());
+  if (dqt_rotary(rows * heads, width, x.data(), cos.data(), sin.data(), positions, heads, between(0, 1), y.data()))
+    fail("refused", "rotary", rows, columns);
+  Output out;
+  out.add(y);
+  return out;
+}
+
+// Every form of weight, residual and moment; gradients are finite, because Python lets no others through.
+Output run_update(i64 rows, i64 columns) {
+  const i64 count = rows * columns, blocks = (columns + DQT_BLOCK - 1) / DQT_BLOCK, bits = between(1, 8);
+  const bool packed = between(0, 2) > 0, residual = packed && between(0, 1);
+  const i64 widths[] = {2, 3, 4, 5, 6, 7, 8, 16}, residual_bits = residual ? widths[between(0, 7)] : 0;
+  const i64 unit = residual ? i64{1} << (residual_bits - 1) : 1;
+  auto small = [](std::vector<float> v) {
+    for (auto& x : v) x = std::fmod(x, 100.0f);
+    return v;
+  };
+  auto positive = [&small](std::vector<float> v) {
+    for (auto& x : v = small(v)) x = std::fabs(x) + 1e-3f;
+    return v;
+  };
+  DqtUpdate args{};
+  const auto grad = small(floats(count, true));
+  auto weight = small(floats(packed ? 0 : count, true));
+  auto codes = integers<std::uint8_t>(packed ? rows * packed_size(columns, bits) : 0);
+  auto rest = integers<std::uint8_t>(residual ? rows * packed_size(columns, residual_bits) : 0);
+  args.scale_per_row = static_cast<std::int32_t>(between(0, 1));
+  const auto scale = positive(floats(args.scale_per_row ? rows : 1, true));
+  args.first = static_cast<std::int32_t>(between(kNone, kInt8));
+  constexpr std::int32_t kSeconds[] = {kNone, kFull, kInt8, kFactored};
+  args.second = kSeconds[between(0, 3)];
+  const i64 sizes[] = {0, 4, 2, 1, 0};
+  std::vector<std::uint8_t> first(static_cast<std::size_t>(count * sizes[args.first]));
+  std::vector<std::uint8_t> second(static_cast<std::size_t>(count * sizes[args.second]));
+  std::vector<float> first_scale(static_cast<std::size_t>(args.first == kInt8 ? rows * blocks : 0));
+  std::vector<float> second_scale(static_cast<std::size_t>(args.second == kInt8 ? rows * blocks : 0));
+  const auto row = positive(floats(rows, true)), column = positive(floats(columns, true));
+  args.codes = packed ? codes.data() : nullptr;
+  args.weight = packed ? nullptr : weight.data();
+  args.scale = scale.data();
+  args.residual = residual ? rest.data() : nullptr;
+  args.grad = grad.data();
+  args.exp_avg = first.data();
+  args.exp_avg_sq = second.data();
+  args.exp_avg_scale = first_scale.data();
+  args.exp_avg_sq_scale = second_scale.data();
+  args.row_inverse = row.data();
+  args.column_inverse = column.data();
+  args.rows = rows, args.columns = columns;
+  args.code_bytes = packed_size(columns, bits), args.residual_bytes = packed_size(columns, residual_bits);
+  args.scale_blocks = blocks;
+  args.stream = generator(), args.seed = 7, args.purpose = 1, args.moment_purpose = 2, args.step = 3;
+  args.normalize_first = static_cast<std::int32_t>(between(0, 1));
+  args.rounded_moments = args.first == kBfloat || args.first == kInt8 || args.second == kInt8;
+  args.bits = static_cast<std::int32_t>(bits), args.qmin = bits == 1 ? 0 : -(1 << (bits - 1)), args.levels = 1 << bits;
+  args.residual_bits = static_cast<std::int32_t>(residual_bits);
+  args.threshold = static_cast<std::int32_t>(0.556 * static_cast<double>(unit));
+  args.short_positions = (args.levels - 1) * unit < (1 << 14);
+  args.nearest = static_cast<std::int32_t>(between(0, 1)), args.count = static_cast<std::int32_t>(between(0, 1));
+  args.bottom = (static_cast<float>(args.qmin) - (bits == 1 ? 0.5f : 0.0f)) * static_cast<float>(unit);
+  args.lr_unit = 0.01f * static_cast<float>(unit), args.decay = 0.001f, args.keep = 0.999f;
+  args.beta1 = 0.9f, args.weight1 = 0.1f, args.beta2 = 0.99f, args.weight2 = 0.01f;
+  args.root_factor = 1.5f, args.eps = 1e-8f;
+  if (dqt_update(&args)) fail("refused", "update", rows, columns);
+  Output out;
+  for (const auto& each : {weight, first_scale, second_scale}) out.add(each);
+  for (const auto& each : {codes, rest, first, second}) out.add(each);
+  out.add(std::vector<i64>(args.stats, args.stats + 4));
+  return out;
+}
+
+constexpr Case kCases[] = {{"row_squares", run_row_squares}, {"packed_linear", run_packed_linear},
+                           {"rms_norm", run_rms_norm}, {"swiglu", run_swiglu}, {"rotary", run_rotary},
+                           {"update", run_update},
+                           {"quantize_rows", run_quantize_rows}, {"quantize_columns", run_quantize_columns},
                            {"scale_product", run_scale_product}, {"mean_squares", run_mean_squares},
                            {"packing", run_packing},             {"attention", run_attention}};
 
