@@ -34,6 +34,7 @@ class Arm:
     settings: dict[str, Any] = field(default_factory=dict)
     embeddings: str | None = None
     release: bool = False
+    give_back: bool = False
 
 
 _NO_STATE = {"betas": (0.0, 0.95), "second_moment": "factored"}
@@ -42,7 +43,12 @@ ARMS = {
     "bitnet": Arm("BitNet b1.58, fused AdamW", "bitnet"),
     "ternary": Arm("ternary + residual", "residual", "ternary"),
     "ternary-release": Arm("ternary + residual, release", "residual", "ternary", release=True),
-    "ternary-8": Arm("the same, embeddings and head in 8 bits", "residual", "ternary", {}, "8", True),
+    "ternary-least": Arm(
+        "the same, freed memory given back at once", "residual", "ternary", release=True, give_back=True
+    ),
+    "ternary-8": Arm(
+        "ternary + residual, release, embeddings and head in 8 bits", "residual", "ternary", {}, "8", True
+    ),
     "residual8-release": Arm("8 bits + residual, release", "residual", "8", {"residual_bits": 8}, None, True),
     "ternary-floats": Arm(
         "ternary + residual, release, float moments small",
@@ -62,6 +68,8 @@ def measure(arm: Arm, preset: str) -> dict[str, Any]:
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401  part of the base, not of the peak
 
+    from dqt.allocator import give_back_at_once
+    from dqt.fused import fuse_
     from dqt.memory import measure, peak_memory, process_memory
     from dqt.models import build_config, build_with_recipe
     from dqt.optim import GradientRelease
@@ -69,9 +77,13 @@ def measure(arm: Arm, preset: str) -> dict[str, Any]:
     from dqt.train.losses import language_model_loss
 
     base = process_memory()
+    if arm.give_back:
+        give_back_at_once()
     recipe = recipe_for(arm.method, arm.bits, **arm.settings)
     rules = {"*embed_tokens": arm.embeddings, "lm_head": arm.embeddings} if arm.embeddings else {}
     model, _ = build_with_recipe(build_config(preset, seq_len=SEQUENCE), recipe, rules)
+    if recipe.fusible:
+        fuse_(model)  # as `dqt train` does
     parameters = list(model.parameters())
     optimizer: torch.optim.Optimizer
     if recipe.quantized:
