@@ -69,6 +69,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
         yield tmp_path_factory.mktemp("compare")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SUITES)
 def test_every_suite_runs_quickly(name: str, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = ["--tune"] if name == "main" else ["--seeds", "1"]  # 200 runs instead of 500

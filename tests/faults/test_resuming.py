@@ -210,6 +210,7 @@ def forget_the_optimizer() -> None:
     checkpoint.restore.__globals__["_join"] = lambda optimizer, tensors, described: optimizer.state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.row(19, later_saves_to_be_forgotten)
 def test_fifty_kills(tmp_path: Path, nursery: Nursery, mutation: Any) -> None:
     """A micro model, 2,000 steps, killed 50 times by SIGKILL at random moments, and resumed each time.
