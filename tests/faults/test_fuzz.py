@@ -3,7 +3,7 @@
 All kernels but the AMX product, which not every CPU has; test_products.py compares it with the reference.
 Rounding and packing have exact tests of their own (test_rounding.py, test_formats_packing.py).
 
-`DQT_FUZZ_ROUNDS=5000 DQT_FUZZ_SEED=1 pytest -m slow tests/faults/test_fuzz.py` runs it for longer, on other numbers.
+`DQT_FUZZ_ROUNDS=5000 DQT_FUZZ_SEED=1 pytest -m slow tests/faults/test_fuzz.py` runs longer, on other numbers.
 """
 
 from __future__ import annotations
