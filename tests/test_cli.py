@@ -382,7 +382,7 @@ def test_a_reader_that_goes_away_is_no_error(run: Path) -> None:
     assert process.wait(timeout=60) == 0
 
 
-def test_keyboard_interrupt_is_quiet(
+def test_a_keyboard_interrupt_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted() -> None:
@@ -390,7 +390,7 @@ def test_keyboard_interrupt_is_quiet(
 
     monkeypatch.setattr("dqt.doctor.examine", interrupted)
     assert main(["doctor"]) == 130
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == "dqt: interrupted\n"
 
 
 def test_out_of_memory_is_explained(

@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dqt: error: {error}", file=sys.stderr)
         return ERROR
     except KeyboardInterrupt:
-        print("dqt: interrupted before there was anything to save", file=sys.stderr)
+        print("dqt: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader has gone, as in `dqt inspect | head`. At exit Python would flush, and complain once more.
