@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,11 +140,18 @@ def test_tuning_finds_the_best_rate_of_its_grid(tmp_path: Path) -> None:
     assert [(run["seed"], run["step"]) for run in found["runs"]] == [(0, 16)]
 
 
-def start(folder: Path, *files: str) -> subprocess.Popen[str]:
+@contextlib.contextmanager
+def started(folder: Path, *files: str) -> Iterator[subprocess.Popen[str]]:
+    """`dqt compare` in a process of its own, which ends with the test, however that ends."""
     command = [sys.executable, "-m", "dqt", "compare", *files, "--seeds", "1", "--out", str(folder / "out")]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate(timeout=60)
 
 
 def wait_for_steps(process: subprocess.Popen[str], folder: Path) -> None:
@@ -155,29 +164,29 @@ def wait_for_steps(process: subprocess.Popen[str], folder: Path) -> None:
 
 
 def test_ctrl_c_stops_in_good_order_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    # More steps than the test lets them take, and no more than minutes, should pytest itself be killed.
     files = [
-        arm(tmp_path, name, quant__bits=bits, train__steps=100_000) for name, bits in (("a", "4"), ("b", "8"))
+        arm(tmp_path, name, quant__bits=bits, train__steps=5000) for name, bits in (("a", "4"), ("b", "8"))
     ]
-    process = start(tmp_path, *files)
-    wait_for_steps(process, tmp_path)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    out, err = process.communicate(timeout=120)
-    assert (process.returncode, err) == (130, "")
+    with started(tmp_path, *files) as process:
+        wait_for_steps(process, tmp_path)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        out, err = process.communicate(timeout=120)
+        assert (process.returncode, err) == (130, "")
     assert "the same command goes on" in out
     assert "Interrupted: not all runs are there." in out
     records = [json.loads(path.read_text()) for path in (tmp_path / "out" / "runs").glob("*/run.json")]
     assert [record["state"] for record in records] == ["interrupted"] * 2
     stopped_at = min(record["summary"]["step"] for record in records)
 
-    process = start(tmp_path, *files)
     deadline = time.monotonic() + 120
-    logs = tmp_path / "out" / "logs"
-    while sum("resumed from" in path.read_text() for path in logs.iterdir()) < 2:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.kill()  # its runs notice, and stop with a checkpoint
-    process.communicate(timeout=60)
+    with started(tmp_path, *files) as process:
+        logs = tmp_path / "out" / "logs"
+        while sum("resumed from" in path.read_text() for path in logs.iterdir()) < 2:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    # The command was killed; its runs notice, and stop with a checkpoint.
     states: list[str] = []
     while states != ["interrupted"] * 2:
         assert time.monotonic() < deadline
