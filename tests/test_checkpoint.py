@@ -151,27 +151,6 @@ def test_the_config_of_a_run_to_resume(tmp_path: Path) -> None:
     assert train(longer, resume=str(tmp_path / "run"), cache_dir=tmp_path.parent / "dqt-cache").steps == 7
 
 
-OTHER_RUNS: list[tuple[dict[str, Any], str]] = [
-    ({"quant__bits": "4"}, "quant.bits: ternary, now 4"),
-    ({"quant__method": "strict"}, "quant.method: residual, now strict"),
-    ({"model__hidden_size": 64}, "model.hidden_size: 32, now 64"),
-    ({"train__seed": 1}, "train.seed: 0, now 1"),
-    ({"train__batch_size": 4}, "train.batch_size: 2, now 4"),
-    ({"data__vocab_size": 280}, "data.hash"),
-    ({"data__val_fraction": 0.1}, "data.hash"),
-]
-
-
-def test_another_run_is_refused_with_what_differs(tmp_path: Path) -> None:
-    run_micro(tmp_path)
-    before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "run").rglob("*"))
-    for values, part in OTHER_RUNS:
-        with pytest.raises(ConfigError) as error:
-            run_micro(tmp_path, resume="auto", **{"train__steps": 9, **values})
-        assert part in str(error.value)
-    assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "run").rglob("*")) == before
-
-
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
 )
