@@ -76,8 +76,7 @@ GOOD = Agreement("gguf", "a program", 2000, 0.1, 0.05, 0, 0.01, 0.2, 3, 0.02)
     ("changes", "holds"),
     [
         ({}, True),
-        ({"largest": 0.3, "beyond": 2}, True),
-        ({"largest": 0.3, "beyond": 3}, False),
+        ({"largest": 0.11, "beyond": 1}, False),
         ({"margin": 0.11}, False),
         ({"target": "hf", "disagreements": 0, "anywhere": 0.1}, True),
         ({"target": "hf", "disagreements": 1, "anywhere": 0.1}, False),
