@@ -26,7 +26,7 @@ int dqt_rms_norm_backward(std::int64_t, std::int64_t, const float*, const float*
 int dqt_swiglu(std::int64_t, std::int64_t, const float*, const float*, float*);
 int dqt_swiglu_quantized(std::int64_t, std::int64_t, const float*, const float*, std::int8_t*, float*);
 int dqt_swiglu_backward(std::int64_t, std::int64_t, const float*, const float*, const float*, float*, float*);
-int dqt_rotary(std::int64_t, std::int64_t, const float*, const float*, const float*, std::int64_t, std::int64_t,
+int dqt_rotary(std::int64_t, std::int64_t, std::int64_t, std::int64_t, const float*, const float*, const float*,
                std::int64_t, float*);
 int dqt_update(DqtUpdate*);
 int dqt_select(const char*);
@@ -39,10 +39,10 @@ int dqt_mean_squares(std::int64_t, std::int64_t, const float*, float*, float*);
 int dqt_pack(std::int64_t, std::int64_t, const std::int8_t*, std::int64_t, std::uint8_t*);
 int dqt_unpack(std::int64_t, std::int64_t, const std::uint8_t*, std::int64_t, std::int64_t, std::int64_t,
                std::int8_t*);
-int dqt_causal_attention(std::int64_t, std::int64_t, const float*, const float*, const float*, std::int64_t,
-                         std::int64_t, std::int64_t, double, float*, float*, float*);
-int dqt_causal_attention_backward(std::int64_t, std::int64_t, const float*, const float*, const float*, const float*,
-                                  float*, float*, float*, std::int64_t, std::int64_t, std::int64_t, double, float*,
+int dqt_causal_attention(std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, const float*,
+                         const float*, const float*, double, float*, float*, float*);
+int dqt_causal_attention_backward(std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, const float*,
+                                  const float*, const float*, const float*, float*, float*, float*, double, float*,
                                   float*, float*);
 }
 
@@ -202,10 +202,10 @@ Output run_attention(i64 rows, i64 columns) {
   const auto key = small(tokens * kv_heads * width), value = small(tokens * kv_heads * width);
   std::vector<float> out(query.size()), dquery(query.size()), dkey(key.size()), dvalue(key.size());
   std::vector<float> top(static_cast<std::size_t>(tokens * heads)), inverse(top.size());
-  if (dqt_causal_attention(tokens * heads, width, query.data(), key.data(), value.data(), positions, heads, kv_heads,
+  if (dqt_causal_attention(tokens * heads, width, positions, heads, kv_heads, query.data(), key.data(), value.data(),
                            0.25, out.data(), top.data(), inverse.data()) ||
-      dqt_causal_attention_backward(tokens * heads, width, dout.data(), query.data(), key.data(), value.data(),
-                                    out.data(), top.data(), inverse.data(), positions, heads, kv_heads, 0.25,
+      dqt_causal_attention_backward(tokens * heads, width, positions, heads, kv_heads, dout.data(), query.data(),
+                                    key.data(), value.data(), out.data(), top.data(), inverse.data(), 0.25,
                                     dquery.data(), dkey.data(), dvalue.data()))
     fail("refused", "attention", rows, columns);
   Output output;
@@ -265,7 +265,7 @@ Output run_rotary(i64 rows, i64 columns) {
   const i64 width = columns + columns % 2, heads = between(1, 4), positions = between(1, 9);
   const auto x = floats(rows * heads * width), cos = floats(positions * width), sin = floats(positions * width);
   std::vector<float> y(x.size());
-  if (dqt_rotary(rows * heads, width, x.data(), cos.data(), sin.data(), positions, heads, between(0, 1), y.data()))
+  if (dqt_rotary(rows * heads, width, positions, heads, x.data(), cos.data(), sin.data(), between(0, 1), y.data()))
     fail("refused", "rotary", rows, columns);
   Output out;
   out.add(y);
@@ -364,7 +364,7 @@ void refuse_bad_sizes() {
   const i64 attention[][5] = {{0, 4, 2, 2, 1}, {8, 0, 2, 2, 1}, {8, 4, 0, 2, 1},    {8, 4, 2, 0, 1}, {8, 4, 2, 2, 0},
                               {7, 4, 2, 2, 1}, {12, 4, 2, 3, 2}, {8, 4, -2, -2, 1}, {huge, 4, huge, 1, 1}};
   for (const auto& [rows, width, positions, heads, kv_heads] : attention) {
-    if (dqt_causal_attention(rows, width, nullptr, nullptr, nullptr, positions, heads, kv_heads, 1, nullptr, nullptr,
+    if (dqt_causal_attention(rows, width, positions, heads, kv_heads, nullptr, nullptr, nullptr, 1, nullptr, nullptr,
                              nullptr) != 1)
       fail("accepted", "attention's sizes", rows, width);
   }

@@ -58,21 +58,18 @@ def swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tenso
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
 
 
+@operation(
+    "(Tensor x, Tensor cos, Tensor sin, bool transposed=False) -> Tensor",
+    reference.rotary,
+    sizes=lambda x, *_: (x.shape[1], x.shape[2]),
+)
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool = False) -> Tensor:
     """Rotary embedding of [batch, positions, heads, width]; see `reference.rotary`."""
     fits("rotary", "x", x, torch.float32, None, None, None, None)
-    return _rotary(x, cos, sin, x.shape[1], x.shape[2], transposed)
-
-
-@operation(
-    "(Tensor x, Tensor cos, Tensor sin, int positions, int heads, bool transposed) -> Tensor",
-    lambda x, cos, sin, positions, heads, transposed: reference.rotary(x, cos, sin, transposed),
-)
-def _rotary(x: Tensor, cos: Tensor, sin: Tensor, positions: int, heads: int, transposed: bool) -> Tensor:
     if x.shape[-1] % 2:
         raise ConfigError(f"rotary: a head of width {x.shape[-1]} has no two halves")
     for name, angles in (("cos", cos), ("sin", sin)):
-        fits("rotary", name, angles, torch.float32, positions, x.shape[-1])
+        fits("rotary", name, angles, torch.float32, x.shape[1], x.shape[-1])
     return x.new_empty(x.shape)
 
 

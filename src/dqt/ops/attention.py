@@ -25,26 +25,29 @@ def is_fast() -> bool:
     return cpu.library_path() is not None and cpu.active_isa() != "portable"
 
 
+@operation(
+    "(Tensor query, Tensor key, Tensor value, float scale) -> (Tensor, Tensor, Tensor)",
+    reference.causal_attention,
+    sizes=lambda query, key, *_: (query.shape[1], query.shape[2], key.shape[2]),
+)
 def causal_attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention of every position to itself and those before it.
+    """Attention of every position to itself and those before it; see `reference.causal_attention`.
 
-    Args:
-        query: `float32` [batch, positions, heads, width].
-        key: `float32` [batch, positions, kv_heads, width]; heads are a multiple of kv_heads.
-        value: The same shape.
-        scale: Factor on the scores.
-
-    Returns:
-        The output in the shape of `query`, and for the backward pass the largest score and the reciprocal of
-        the sum of weights of every query, [batch, heads, positions].
+    Heads of queries are a multiple of those of keys.
     """
-    fits("causal_attention", "query", query, torch.float32, None, None, None, None)
-    fits("causal_attention", "key", key, torch.float32, None, None, None, None)
-    return _causal_attention(query, key, value, query.shape[1], query.shape[2], key.shape[2], scale)
+    _fits_heads("causal_attention", query, key, value)
+    per_query = query.new_empty(query.shape[0], query.shape[2], query.shape[1])
+    return query.new_empty(query.shape), per_query, torch.empty_like(per_query)
 
 
+@operation(
+    "(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor top, Tensor inverse,"
+    " float scale) -> (Tensor, Tensor, Tensor)",
+    reference.causal_attention_backward,
+    sizes=lambda dout, query, key, *_: (query.shape[1], query.shape[2], key.shape[2]),
+)
 def causal_attention_backward(
     dout: Tensor,
     query: Tensor,
@@ -56,64 +59,22 @@ def causal_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, from what `causal_attention` took and returned."""
-    fits("causal_attention_backward", "dout", dout, torch.float32, None, None, None, None)
-    fits("causal_attention_backward", "key", key, torch.float32, None, None, None, None)
-    sizes = (dout.shape[1], dout.shape[2], key.shape[2])
-    return _causal_attention_backward(dout, query, key, value, out, top, inverse, *sizes, scale)
-
-
-@operation(
-    "(Tensor query, Tensor key, Tensor value, int positions, int heads, int kv_heads, float scale)"
-    " -> (Tensor, Tensor, Tensor)",
-    lambda query, key, value, positions, heads, kv_heads, scale: reference.causal_attention(
-        query, key, value, scale
-    ),
-)
-def _causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, positions: int, heads: int, kv_heads: int, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    _fits_heads("causal_attention", query, key, value, positions, heads, kv_heads)
-    per_query = query.new_empty(query.shape[0], heads, positions)
-    return query.new_empty(query.shape), per_query, torch.empty_like(per_query)
-
-
-@operation(
-    "(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor top, Tensor inverse,"
-    " int positions, int heads, int kv_heads, float scale) -> (Tensor, Tensor, Tensor)",
-    lambda dout, query, key, value, out, top, inverse, positions, heads, kv_heads, scale: (
-        reference.causal_attention_backward(dout, query, key, value, out, top, inverse, scale)
-    ),
-)
-def _causal_attention_backward(
-    dout: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    top: Tensor,
-    inverse: Tensor,
-    positions: int,
-    heads: int,
-    kv_heads: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
     name = "causal_attention_backward"
-    _fits_heads(name, query, key, value, positions, heads, kv_heads)
+    _fits_heads(name, query, key, value)
     for each, tensor in (("dout", dout), ("out", out)):
         fits(name, each, tensor, torch.float32, *query.shape)
     for each, tensor in (("top", top), ("inverse", inverse)):
-        fits(name, each, tensor, torch.float32, query.shape[0], heads, positions)
+        fits(name, each, tensor, torch.float32, query.shape[0], query.shape[2], query.shape[1])
     return query.new_empty(query.shape), key.new_empty(key.shape), key.new_empty(key.shape)
 
 
-def _fits_heads(
-    operation: str, query: Tensor, key: Tensor, value: Tensor, positions: int, heads: int, kv_heads: int
-) -> None:
-    fits(operation, "query", query, torch.float32, None, positions, heads, None)
-    for name, tensor in (("key", key), ("value", value)):
-        fits(operation, name, tensor, torch.float32, query.shape[0], positions, kv_heads, query.shape[3])
-    if query.numel() == 0 or heads % kv_heads:
+def _fits_heads(operation: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+    fits(operation, "query", query, torch.float32, None, None, None, None)
+    batch, positions, heads, width = query.shape
+    fits(operation, "key", key, torch.float32, batch, positions, None, width)
+    fits(operation, "value", value, torch.float32, *key.shape)
+    if query.numel() == 0 or key.numel() == 0 or heads % key.shape[2]:
         raise ConfigError(
-            f"{operation}: query {list(query.shape)} and {kv_heads} heads of keys do not fit: no size may be "
-            "zero, and heads are a multiple of the heads of keys"
+            f"{operation}: query {list(query.shape)} and {key.shape[2]} heads of keys do not fit: no size "
+            "may be zero, and heads are a multiple of the heads of keys"
         )

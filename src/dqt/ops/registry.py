@@ -8,9 +8,9 @@ allocates the results. That is all a fake tensor needs, and the first half of wh
 is written once and runs for both; a backend then fills the results in. The specification, in plain PyTorch,
 runs where there is no kernel.
 
-A kernel is found by the operation's name. It gets rows and columns of the first argument, the operation's
-arguments in the order of the schema (floats as float32, everything contiguous), then its results. So an
-operation needs no wrapper of its own in any backend.
+A kernel is found by the operation's name. It gets rows and columns of the first argument, what other sizes
+the operation names, its arguments in the order of the schema (floats as float32, everything contiguous), then
+its results. So an operation needs no wrapper of its own in any backend.
 
 Calling through the dispatcher gives `torch.compile`, fake tensors and the profiler what they need, and costs
 2 of the 9 µs of a call; `torch.library.custom_op` would cost 9 µs more (16 elements, best of 45,000 calls).
@@ -37,7 +37,10 @@ LIBRARY = torch.library.Library("dqt", "DEF")
 
 
 def operation(
-    schema: str, specification: Callable[P, R], kernel: bool = True
+    schema: str,
+    specification: Callable[P, R],
+    kernel: bool = True,
+    sizes: Callable[P, tuple[int, ...]] | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Registers `torch.ops.dqt.<name>` with the decorated shape rule as its fake implementation.
 
@@ -45,9 +48,11 @@ def operation(
         schema: Arguments and results in torch's notation, without the name.
         specification: The same operation in plain PyTorch, for any device.
         kernel: Whether the backends have kernels of this name; if not, the specification does all the work.
+        sizes: Of the arguments, what a kernel has to know besides rows and columns.
     """
 
     specify: Any = specification
+    more_sizes: Any = sizes or (lambda *arguments: ())
 
     def register(rule: Callable[P, R]) -> Callable[P, R]:
         allocate: Any = rule
@@ -65,7 +70,7 @@ def operation(
             readable = [_readable(name, a, device) if isinstance(a, Tensor) else a for a in arguments]
             *leading, columns = arguments[0].shape
             outputs = results if isinstance(results, tuple) else (results,)
-            backend(math.prod(leading), columns, *readable, *outputs)
+            backend(math.prod(leading), columns, *more_sizes(*arguments), *readable, *outputs)
             return results
 
         LIBRARY.define(name + schema)

@@ -110,7 +110,7 @@ int over_columns(std::int64_t rows, std::int64_t columns, const Body& body) {
 extern "C" {
 
 // Version of this interface; Python refuses a library of another one.
-int dqt_interface_version() { return 6; }
+int dqt_interface_version() { return 7; }
 
 // Chooses "amx" (avx512 with another integer product), "avx512", "avx2" or "portable". Returns 0, or 1 if this CPU or build lacks it.
 int dqt_select(const char* name) {
@@ -291,8 +291,8 @@ int dqt_swiglu_backward(std::int64_t rows, std::int64_t columns, const float* dh
 }
 
 // x [rows, width]: `heads` rows for each token; cos and sin [positions, width].
-int dqt_rotary(std::int64_t rows, std::int64_t width, const float* x, const float* cos, const float* sin,
-               std::int64_t positions, std::int64_t heads, std::int64_t transposed, float* y) {
+int dqt_rotary(std::int64_t rows, std::int64_t width, std::int64_t positions, std::int64_t heads, const float* x,
+               const float* cos, const float* sin, std::int64_t transposed, float* y) {
   if (!fits(rows, width) || width % 2 || heads < 1 || rows % heads || positions < 1) return kBadSize;
   return over_rows(rows / heads, heads * width, [&](std::int64_t begin, std::int64_t end) {
     kernels->rotary(x, cos, sin, heads, width, positions, transposed != 0, begin, end, y);
@@ -300,8 +300,8 @@ int dqt_rotary(std::int64_t rows, std::int64_t width, const float* x, const floa
 }
 
 // query [rows, width], in the order batch, positions, heads.
-int dqt_causal_attention(std::int64_t rows, std::int64_t width, const float* query, const float* key,
-                         const float* value, std::int64_t positions, std::int64_t heads, std::int64_t kv_heads,
+int dqt_causal_attention(std::int64_t rows, std::int64_t width, std::int64_t positions, std::int64_t heads,
+                         std::int64_t kv_heads, const float* query, const float* key, const float* value,
                          double scale, float* out, float* top, float* inverse) {
   if (!attends(rows, width, positions, heads, kv_heads)) return kBadSize;
   if (!kernels) return kNotSelected;
@@ -310,9 +310,9 @@ int dqt_causal_attention(std::int64_t rows, std::int64_t width, const float* que
   return over_heads(a, kernels->attention);
 }
 
-int dqt_causal_attention_backward(std::int64_t rows, std::int64_t width, const float* dout, const float* query,
-                                  const float* key, const float* value, float* out, float* top, float* inverse,
-                                  std::int64_t positions, std::int64_t heads, std::int64_t kv_heads, double scale,
+int dqt_causal_attention_backward(std::int64_t rows, std::int64_t width, std::int64_t positions, std::int64_t heads,
+                                  std::int64_t kv_heads, const float* dout, const float* query, const float* key,
+                                  const float* value, float* out, float* top, float* inverse, double scale,
                                   float* dquery, float* dkey, float* dvalue) {
   if (!attends(rows, width, positions, heads, kv_heads)) return kBadSize;
   if (!kernels) return kNotSelected;
