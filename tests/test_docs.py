@@ -11,7 +11,8 @@ import torch
 import transformers
 
 import dqt
-from dqt.cli import TRAIN_FLAGS, main
+from dqt.cli import main
+from dqt.flags import TRAIN_FLAGS
 from dqt.models import build_config
 from dqt.train.config import Config
 from dqt.train.sections import SECTIONS

@@ -52,6 +52,8 @@ LAYERS = (
     "compare.suites",
     "compare",
     "doctor",
+    "flags",
+    "commands",
     "cli",
     "__main__",
 )
