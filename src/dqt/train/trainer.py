@@ -21,6 +21,7 @@ from dqt.evaluate import Evaluation
 from dqt.memory import MemoryTable, measure, peak_memory, process_memory
 from dqt.recipes import autocast
 from dqt.sampling import continue_text
+from dqt.train import storage
 from dqt.train.checkpoint import prune, remove_later, save_checkpoint
 from dqt.train.compiled import eager
 from dqt.train.config import Config, required
@@ -126,7 +127,7 @@ class Trainer(Learner):
             self.directory.clear()
         with MetricsLog(self.directory.metrics) as metrics:
             metrics.keep_until(self.step)
-        self.directory.config.write_text(self.config.to_toml(), encoding="utf-8")
+        storage.write_text(self.directory.config, self.config.to_toml())
         self.directory.write_record(RUNNING, self._facts())
         self.console.say(self._headline())
         if not self.step and ROLLBACK in (train.on_nonfinite, train.on_spike):
