@@ -140,12 +140,22 @@ def test_tuning_finds_the_best_rate_of_its_grid(tmp_path: Path) -> None:
     assert [(run["seed"], run["step"]) for run in found["runs"]] == [(0, 16)]
 
 
+def listen_to_ctrl_c() -> None:
+    """A shell starts what runs in the background with Ctrl-C ignored, pytest and all its children with it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextlib.contextmanager
 def started(folder: Path, *files: str) -> Iterator[subprocess.Popen[str]]:
     """`dqt compare` in a process of its own, which ends with the test, however that ends."""
     command = [sys.executable, "-m", "dqt", "compare", *files, "--seeds", "1", "--out", str(folder / "out")]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=listen_to_ctrl_c,
     )
     try:
         yield process
