@@ -23,11 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dqt.build import autocast, build_optimizer, prepare_model_
 from dqt.fused import fuse_
 from dqt.models import build_config, build_model
 from dqt.ops.bf16_guard import ensure_bf16_products
 from dqt.quantize import linear_modules
-from dqt.recipes import Recipe, autocast, build_optimizer, prepare_model_, recipe_for
+from dqt.recipes import Recipe, recipe_for
 from dqt.train.losses import language_model_loss
 
 VOCABULARY, BATCH, SEQUENCE = 4096, 2, 512

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import torch
 
+from dqt.build import build_optimizer
 from dqt.models import build_config, build_with_recipe
-from dqt.recipes import build_optimizer, recipe_for
+from dqt.recipes import recipe_for
 from dqt.train import storage
 from dqt.train.checkpoint import save_checkpoint
 

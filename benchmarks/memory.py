@@ -69,11 +69,12 @@ def measure(arm: Arm, preset: str) -> dict[str, Any]:
     import transformers.models.llama.modeling_llama  # noqa: F401  part of the base, not of the peak
 
     from dqt.allocator import give_back_at_once
+    from dqt.build import build_optimizer
     from dqt.fused import fuse_
     from dqt.memory import measure, peak_memory, process_memory
     from dqt.models import build_config, build_with_recipe
     from dqt.optim import GradientRelease
-    from dqt.recipes import build_optimizer, recipe_for
+    from dqt.recipes import recipe_for
     from dqt.train.losses import language_model_loss
 
     base = process_memory()

@@ -31,12 +31,12 @@ def measure(values: dict[str, Any]) -> dict[str, int]:
     import torch
 
     from dqt.allocator import give_back_at_once
+    from dqt.build import build_optimizer
     from dqt.footprint import Needs
     from dqt.fused import fuse_
     from dqt.memory import peak_memory, process_memory
     from dqt.models import build_config, build_with_recipe
     from dqt.optim import GradientRelease
-    from dqt.recipes import build_optimizer
     from dqt.train.config import Config, resolve
     from dqt.train.losses import language_model_loss
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dqt.baselines import BitLinear, bitnet_, ternarize
-from dqt.recipes import autocast, build_optimizer, prepare_model_, recipe_for
+from dqt.build import autocast, build_optimizer, prepare_model_
+from dqt.recipes import recipe_for
 
 
 class Toy(nn.Module):

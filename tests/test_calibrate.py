@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 import dqt
 from dqt.calibrate import round_for_output
+from dqt.choices import FLOAT_PRODUCTS
 from dqt.errors import ConfigError
 from dqt.models import build_config, build_model
 from dqt.numerics.formats import parse_bits
 from dqt.numerics.scales import compute_scale, default_scale_rule
-from dqt.tensor import FLOAT_PRODUCTS, QuantizedTensor
+from dqt.tensor import QuantizedTensor
 
 OUT, IN, TOKENS = 24, 40, 400
 

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dqt.data import prepare, shards
-from dqt.data.prepare import Corpus, DataSpec, encode_text, prepare_corpus, split_documents
+from dqt.data.prepare import Corpus, encode_text, prepare_corpus, split_documents
 from dqt.data.shards import TokenShards, open_shard, token_dtype, write_shard
 from dqt.data.sources import Document
+from dqt.data.spec import DataSpec
 from dqt.data.tokenizer import load_tokenizer
 from dqt.errors import ConfigError, DataError
 

@@ -12,13 +12,15 @@ from torch.nn import functional as F
 
 import dqt
 from dqt.baselines import ternarize
+from dqt.build import autocast, build_optimizer
+from dqt.choices import Products
 from dqt.errors import ConfigError
 from dqt.export.source import Source, without_masters
 from dqt.models import build_config, build_with_recipe
 from dqt.numerics.float8 import E4M3, E5M2, quantize_float8
 from dqt.ops.bf16_guard import ensure_bf16_products
-from dqt.recipes import autocast, build_optimizer, recipe_for
-from dqt.tensor import Products, QuantizedTensor
+from dqt.recipes import recipe_for
+from dqt.tensor import QuantizedTensor
 from dqt.train.losses import language_model_loss
 
 FP8 = Products("fp8", "fp8", "fp8", gradient="fp8")

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 
+from dqt.build import autocast, build_optimizer
 from dqt.footprint import Needs
 from dqt.fused import fuse_
 from dqt.memory import measure
 from dqt.models import build_config, build_with_recipe
 from dqt.ops.attention import is_fast
 from dqt.ops.bf16_guard import ensure_bf16_products
-from dqt.recipes import autocast, build_optimizer
 from dqt.tensor import QuantizedTensor
 from dqt.train.config import Config, resolve
 from dqt.train.losses import language_model_loss

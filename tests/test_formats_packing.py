@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from dqt.errors import ConfigError
 from dqt.numerics.formats import FORMATS, Format, parse_bits
-from dqt.numerics.packing import pack, packed_size, unpack
+from dqt.numerics.packing import pack, unpack
+from dqt.sizes import packed_size
 
 # name, bits, smallest and largest value in grid steps, levels
 TABLE = [

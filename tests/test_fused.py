@@ -18,11 +18,11 @@ import dqt
 from dqt import fused as fused_module
 from dqt import nn as nn_module
 from dqt import ops
+from dqt.choices import FLOAT_PRODUCTS
 from dqt.errors import ConfigError
 from dqt.fused import fuse_
 from dqt.models import build_config, build_model
 from dqt.ops import activations, attention, reference
-from dqt.tensor import FLOAT_PRODUCTS
 from dqt.train.losses import language_model_loss
 
 ARCHITECTURES = ("llama", "bitnet")

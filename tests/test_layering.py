@@ -18,6 +18,8 @@ SOURCE = Path(dqt.__file__).parent
 # counts with all its modules unless one of them is listed itself.
 LAYERS = (
     "errors",
+    "choices",
+    "sizes",
     "allocator",
     "extras",
     "numerics",
@@ -31,6 +33,7 @@ LAYERS = (
     "baselines",
     "recipe",
     "recipes",
+    "build",
     "models",
     "data",
     "train.losses",
@@ -131,6 +134,7 @@ def test_free_modules_import_only_the_errors(module: str) -> None:
         "import dqt.cli; dqt.cli.main(['eval', 'no-such-run'])",
         "import dqt.cli; dqt.cli.main(['compare', '--help'])",
         "import dqt.cli; dqt.cli.main(['compare', 'mian'])",
+        "import dqt.cli; dqt.cli.main(['plan', '--preset', '7b', '--bits', '4'])",
     ],
 )
 def test_command_line_starts_light(statement: str) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dqt.build import build_optimizer, prepare_model_
 from dqt.errors import DqtError
-from dqt.memory import explain_out_of_memory, format_bytes, measure, peak_memory, process_memory
+from dqt.memory import explain_out_of_memory, measure, peak_memory, process_memory
 from dqt.models import build_config, build_model
 from dqt.optim import GradientRelease
 from dqt.optim.base import QuantizedOptimizer
-from dqt.recipes import build_optimizer, prepare_model_, recipe_for
+from dqt.recipes import recipe_for
+from dqt.sizes import format_bytes
 from dqt.train.losses import language_model_loss
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from dqt.build import prepare_model_
 from dqt.errors import ConfigError
 from dqt.models import (
     ARCHITECTURES,
@@ -15,7 +16,7 @@ from dqt.models import (
     count_parameters,
     empty_model,
 )
-from dqt.recipes import prepare_model_, recipe_for
+from dqt.recipes import recipe_for
 from dqt.tensor import QuantizedTensor
 
 # name: (least and most parameters in all, in millions), linear weights

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from transformers import BitNetConfig, BitNetForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import dqt
+from dqt.build import build_optimizer, prepare_model_
 from dqt.errors import ConfigError, DqtError
 from dqt.numerics import philox
 from dqt.optim import PaperAdamW
 from dqt.optim.paper import round_value
-from dqt.recipes import build_optimizer, prepare_model_, recipe_for
+from dqt.recipes import recipe_for
 from dqt.tensor import QuantizedTensor
 
 SEED = 11

@@ -12,11 +12,12 @@ from transformers import BitNetConfig, BitNetForCausalLM, LlamaConfig, LlamaForC
 from transformers.pytorch_utils import Conv1D
 
 import dqt
+from dqt.choices import FLOAT_PRODUCTS, Products
 from dqt.errors import ConfigError, DqtError
 from dqt.numerics.formats import FORMATS
 from dqt.numerics.scales import SCALE_RULES
 from dqt.quantize import linear_modules, output_heads
-from dqt.tensor import FLOAT_PRODUCTS, Products, QuantizedTensor
+from dqt.tensor import QuantizedTensor
 
 
 class Toy(nn.Module):

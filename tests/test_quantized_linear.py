@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dqt
+from dqt.choices import FLOAT_PRODUCTS, Products
 from dqt.numerics.formats import FORMATS
-from dqt.tensor import FLOAT_PRODUCTS, Products, QuantizedTensor
+from dqt.tensor import QuantizedTensor
 
 IN, OUT = 13, 9
 SHAPES = [(4, 5), (), (0,), (1,), (3, 0, 2), (2, 3, 1)]

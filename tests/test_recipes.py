@@ -10,21 +10,14 @@ import pytest
 import torch
 from torch import nn
 
+from dqt.build import autocast, build_optimizer, prepare_model_
+from dqt.choices import Products
 from dqt.errors import ConfigError
 from dqt.numerics.formats import FORMATS
 from dqt.numerics.scales import default_scale_rule
 from dqt.optim import SGD, Adafactor, AdamW, PaperAdafactor, PaperAdamW
-from dqt.recipes import (
-    LR_WIDTH,
-    METHODS,
-    Recipe,
-    autocast,
-    build_optimizer,
-    lr_rule,
-    prepare_model_,
-    recipe_for,
-)
-from dqt.tensor import Products, QuantizedTensor
+from dqt.recipes import LR_WIDTH, METHODS, Recipe, lr_rule, recipe_for
+from dqt.tensor import QuantizedTensor
 
 
 class Toy(nn.Module):

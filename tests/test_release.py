@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import dqt
+from dqt.build import autocast, build_optimizer, prepare_model_
 from dqt.errors import ConfigError, DqtError, NonFiniteError
 from dqt.models import build_config, build_model
 from dqt.optim import AdamW, GradientRelease
 from dqt.optim.base import QuantizedOptimizer
-from dqt.recipes import autocast, build_optimizer, prepare_model_, recipe_for
+from dqt.recipes import recipe_for
 from dqt.train.losses import language_model_loss
 
 SIZES = {

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import dqt
+from dqt.choices import FLOAT_PRODUCTS, Products
 from dqt.errors import ConfigError
 from dqt.numerics.formats import FORMATS, Format
-from dqt.numerics.packing import pack, packed_size
-from dqt.tensor import FLOAT_PRODUCTS, Products, QuantizedTensor
+from dqt.numerics.packing import pack
+from dqt.sizes import packed_size
+from dqt.tensor import QuantizedTensor
 
 
 def make(bits: str = "4", shape: tuple[int, ...] = (5, 7), per_row: bool = False) -> QuantizedTensor:

@@ -22,20 +22,13 @@ import pytest
 import torch
 from torch import nn
 
+from dqt.choices import FLOAT_RESIDUAL, RESIDUAL_BITS
 from dqt.numerics import philox
 from dqt.numerics.formats import FORMATS, Format
 from dqt.numerics.packing import pack
 from dqt.numerics.rounding import nearest_rounding, stochastic_rounding
 from dqt.optim import AdamW
-from dqt.optim.writeback import (
-    FLOAT_RESIDUAL,
-    RESIDUAL_BITS,
-    WriteBackStats,
-    default_residual_bits,
-    new_residual,
-    read_residual,
-    write_back,
-)
+from dqt.optim.writeback import WriteBackStats, default_residual_bits, new_residual, read_residual, write_back
 from dqt.tensor import QuantizedTensor
 
 INTEGER_BITS = [k for k in RESIDUAL_BITS if k != FLOAT_RESIDUAL]

@@ -16,9 +16,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from dqt import optim
+    from dqt.choices import Products
     from dqt.fused import fuse_
     from dqt.quantize import QuantizeReport, quantize_
-    from dqt.tensor import Products, QuantizedTensor
+    from dqt.tensor import QuantizedTensor
 
 __all__ = ["Products", "QuantizeReport", "QuantizedTensor", "__version__", "fuse_", "optim", "quantize_"]
 

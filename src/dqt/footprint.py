@@ -23,12 +23,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from dqt.numerics.formats import Format, parse_bits
-from dqt.numerics.packing import packed_size
-from dqt.optim.moments import BLOCK
 from dqt.recipes import Recipe
-from dqt.tensor import FLOAT_BLOCK
+from dqt.sizes import CHUNK_LOGITS, FLOAT_BLOCK, SCALE_BLOCK, packed_size
 from dqt.train.config import Config, required
-from dqt.train.losses import CHUNK_LOGITS
 
 CUDA_CONTEXT_BYTES = 500_000_000
 """A guess: no GPU was at hand."""
@@ -87,7 +84,7 @@ class Weight:
         second = recipe.second_moment if main else recipe.float_second_moment
         if len(self.shape) < 2:  # a vector keeps float32
             first, second = ("none" if kind == "none" else "fp32" for kind in (first, second))
-        blocks = 4 * self.rows * -(-self.shape[-1] // BLOCK)  # scales of codes
+        blocks = 4 * self.rows * -(-self.shape[-1] // SCALE_BLOCK)  # scales of codes
         bytes_of = {"none": 0, "fp32": 4 * self.count, "full": 4 * self.count, "bf16": 2 * self.count}
         bytes_of |= dict.fromkeys(("int8", "fp8"), self.count + blocks)
         bytes_of["factored"] = 4 * (self.rows + self.shape[-1])

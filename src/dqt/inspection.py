@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from dqt.errors import ModelError
-from dqt.memory import format_bytes
 from dqt.models import build_config, build_with_recipe, count_parameters
+from dqt.sizes import format_bytes
 from dqt.tensor import QuantizedTensor
 from dqt.train import checkpoint, savedmodel, storage
 from dqt.train.checkpoint import list_checkpoints

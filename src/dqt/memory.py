@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dqt.errors import DqtError
 from dqt.quantize import linear_modules
+from dqt.sizes import format_bytes
 from dqt.tensor import QuantizedTensor
 
 FP32_ADAMW_BYTES = 16
@@ -157,15 +158,6 @@ def peak_memory() -> int:
             return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
-
-
-def format_bytes(size: float) -> str:
-    """A size in the unit that suits it, as in "1.3 GB" (powers of 1,000)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(size) < 999.5:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
 
 
 # -- out of memory -------------------------------------------------------------------------------------------

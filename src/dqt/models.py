@@ -176,7 +176,7 @@ def build_with_recipe(
     Returns:
         The model, and what was converted and what was left.
     """
-    from dqt.recipes import prepare_model_
+    from dqt.build import prepare_model_
 
     model = empty_model(config)
     initializer = Initializer(model, seed, recipe.init_gain)

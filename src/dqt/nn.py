@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dqt import ops
+from dqt.choices import Products
 from dqt.numerics.float8 import E4M3, E5M2, nearest_in_blocks, quantize_float8
 from dqt.ops import activations, reference
-from dqt.tensor import Products, QuantizedTensor, implements
+from dqt.tensor import QuantizedTensor, implements
 
 FEW_TOKENS = 4
 """Up to as many tokens, without gradients, are multiplied with the packed weight as it is stored."""

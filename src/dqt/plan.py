@@ -16,7 +16,7 @@ from typing import Any
 
 from dqt.errors import ConfigError, DqtError, did_you_mean
 from dqt.footprint import Footprint, Needs
-from dqt.memory import format_bytes
+from dqt.sizes import format_bytes
 from dqt.train.config import Config, required, resolve
 from dqt.train.guard import STOP
 from dqt.train.sections import LEAVE_FLOAT, QuantConfig
@@ -137,7 +137,8 @@ def plan(config: Config, device: str = CPU, budget: str | None = None, vocab_siz
     Raises:
         ConfigError: An unknown device, or a size that is none.
     """
-    config = resolve(config)
+    # Threads are of no interest here, and asking torch for its number would take longer than the rest.
+    config = resolve(config.override({"train.threads": config.train.threads or 1}))
     size = parse_size(budget) if budget else device_memory(device)
     needs = Needs(config, vocab_size).footprint(gpu=device != CPU)
 

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from dqt.calibrate import input_products, round_for_output
+from dqt.choices import FLOAT_PRODUCTS, INT8_PRODUCTS, Products
 from dqt.errors import ConfigError
 from dqt.nn import set_quantized_weight
 from dqt.numerics.formats import Format, parse_bits
 from dqt.numerics.scales import compute_scale, default_scale_rule
-from dqt.tensor import FLOAT_PRODUCTS, Products, QuantizedTensor
+from dqt.tensor import QuantizedTensor
 
 Rule = str | int | None
 HEAD_NAMES = ("lm_head", "embed_out", "output_head")
@@ -74,7 +75,7 @@ def quantize_(
     scale_rule: str | None = None,
     headroom: float = 1.0,
     per_row: bool = False,
-    products: Products = Products(),  # noqa: B008  frozen
+    products: Products = INT8_PRODUCTS,
     materialize: Callable[[str], None] | None = None,
     calibrate: Tensor | Mapping[str, Any] | None = None,
 ) -> QuantizeReport:

@@ -9,13 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from dqt.choices import (
+    DEFAULT_HYSTERESIS,
+    ERROR_FEEDBACKS,
+    FIRST_MOMENTS,
+    FLOAT_RESIDUAL,
+    GATED_ROUNDINGS,
+    ROUNDINGS,
+    SCALE_RULES,
+    SECOND_MOMENTS,
+    Products,
+    check_residual,
+)
 from dqt.errors import ConfigError, did_you_mean
-from dqt.numerics.rounding import ROUNDINGS
-from dqt.numerics.scales import SCALE_RULES
-from dqt.optim.eco import ERROR_FEEDBACKS
-from dqt.optim.moments import FIRST_MOMENTS, SECOND_MOMENTS
-from dqt.optim.writeback import DEFAULT_HYSTERESIS, FLOAT_RESIDUAL, check_residual
-from dqt.tensor import Products
 
 METHODS = ("strict", "residual", "paper", "fp32", "bf16", "bitnet")
 FLOAT_METHODS = ("fp32", "bf16", "bitnet")
@@ -245,7 +251,7 @@ def _conflicts_of_rounding(recipe: Recipe) -> Iterator[tuple[object, str]]:
         f"method paper rounds values, not moves, so no rounding={rounding}: use nearest, or method strict",
     )
     yield (
-        ROUNDINGS[rounding].gate is not None and recipe.first_moments[0] == "none",
+        rounding in GATED_ROUNDINGS and recipe.first_moments[0] == "none",
         f"rounding={rounding} looks at the first moment: set betas to keep one, as in 0.95, 0.95",
     )
     yield (

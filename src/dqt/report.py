@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from dqt.errors import ModelError
-from dqt.memory import format_bytes
 from dqt.plots import DARK, LIGHT, RunSeries, column, draw_all
+from dqt.sizes import format_bytes
 from dqt.train.metrics import format_duration
 
 REPORT_NAME = "report.html"

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,55 +24,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from dqt import ops
-from dqt.errors import ConfigError, did_you_mean
+from dqt.choices import INT8_PRODUCTS, Products
+from dqt.errors import ConfigError
 from dqt.numerics.formats import Format
-from dqt.numerics.packing import packed_size
+from dqt.sizes import FLOAT_BLOCK, packed_size
 
 aten = torch.ops.aten
-FLOAT_BLOCK = 2**22
-PRODUCT_KINDS = ("int8", "float", "fp8")
-COMPUTE_BITS = ("stored", "ternary")
-GRADIENTS = ("fp32", "bf16", "fp8")
 
-
-@dataclass(frozen=True)
-class Products:
-    """How a linear layer multiplies with a weight.
-
-    Kinds of products: "int8" (integers), "float" (the input's float dtype), or "fp8" (float8 numbers times
-    integer codes, emulated in float32 products: no hardware for it was at hand). Only "fp8" goes alone.
-
-    Attributes:
-        forward: y = x Wᵀ. "int8" and "fp8" quantize x per token; "float" takes x as it is.
-        grad_input: dx = dy W.
-        grad_weight: dW = dyᵀ x.
-        compute_bits: "stored", or "ternary": products take clamp(round(codes / mean|codes|), -1, 1) times
-            that mean, as BitNet does with its float weights; the gradient goes straight through.
-        gradient: What dW is rounded to before the optimizer sees it: "fp32" leaves it, "bf16", or "fp8" (e4m3
-            in blocks of 128). It still lies in a float32 tensor.
-    """
-
-    forward: str = "int8"
-    grad_input: str = "int8"
-    grad_weight: str = "int8"
-    compute_bits: str = "stored"
-    gradient: str = "fp32"
-
-    def __post_init__(self) -> None:
-        for name in PRODUCTS:
-            kind = getattr(self, name)
-            if kind not in PRODUCT_KINDS:
-                raise ConfigError(f"unknown product {name}={kind!r}; {did_you_mean(kind, PRODUCT_KINDS)}")
-        kinds = {getattr(self, name) for name in PRODUCTS}
-        if "fp8" in kinds and len(kinds) > 1:
-            raise ConfigError("fp8 products go alone: set forward, grad_input and grad_weight all to fp8")
-        for name, names in (("compute_bits", COMPUTE_BITS), ("gradient", GRADIENTS)):
-            if (value := getattr(self, name)) not in names:
-                raise ConfigError(f"unknown {name}={value!r}; {did_you_mean(value, names)}")
-
-
-PRODUCTS = ("forward", "grad_input", "grad_weight")
-FLOAT_PRODUCTS = Products("float", "float", "float")
 
 _functions: dict[Callable[..., Any], Callable[..., Any]] = {}
 
@@ -111,7 +68,7 @@ class QuantizedTensor(torch.Tensor):
         format: Format,
         shape: torch.Size | tuple[int, ...],
         dtype: torch.dtype = torch.float32,
-        products: Products = Products(),
+        products: Products = INT8_PRODUCTS,
     ) -> QuantizedTensor:
         expected = (*shape[:-1], packed_size(shape[-1], format.bits))
         if codes.dtype != torch.uint8 or tuple(codes.shape) != expected:

@@ -354,8 +354,8 @@ def old_learner() -> tuple[Any, Any]:
     """Model and optimizer of the run that wrote the old files."""
     import torch
 
+    from dqt.build import build_optimizer
     from dqt.models import build_config, build_with_recipe
-    from dqt.recipes import build_optimizer
     from dqt.train.config import Config
 
     state = checkpoint.peek(OLD_FORMAT / "step-000004")

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from dqt.errors import DqtError
-from dqt.memory import format_bytes
 from dqt.plots import LIGHT, Theme, column, draw, smooth
 from dqt.report import read_run
+from dqt.sizes import format_bytes
 
 Content = Mapping[str, Any]
 

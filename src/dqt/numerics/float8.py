@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dqt.sizes import SCALE_BLOCK
+
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-BLOCK = 128
-"""Columns of a row that share a scale, here and in the optimizer's moments."""
 
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}
 SMALLEST_E4M3 = 2.0**-9
@@ -42,7 +42,7 @@ def stochastic_e4m3(values: Tensor, random16: Tensor) -> Tensor:
 
 def nearest_in_blocks(x: Tensor) -> Tensor:
     """`float32` [rows, columns] with every 128 columns of a row rounded to e4m3 numbers times one scale."""
-    blocks = F.pad(x.float(), (0, -x.shape[1] % BLOCK)).view(-1, BLOCK)
+    blocks = F.pad(x.float(), (0, -x.shape[1] % SCALE_BLOCK)).view(-1, SCALE_BLOCK)
     codes, scale = quantize_float8(blocks, E4M3)
     return (codes.float() * scale[:, None]).view(x.shape[0], -1)[:, : x.shape[1]]
 

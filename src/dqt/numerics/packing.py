@@ -14,12 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dqt.sizes import packed_size
+
 _WORD_OF_BITS = {1: torch.int64, 2: torch.int32, 4: torch.int16}
-
-
-def packed_size(count: int, bits: int) -> int:
-    """Bytes that a row of `count` values takes at `bits` bits each."""
-    return (count * bits + 7) // 8
 
 
 def pack(values: Tensor, bits: int) -> Tensor:

@@ -18,24 +18,18 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import Tensor
 
+from dqt.choices import DEFAULT_HYSTERESIS, ERROR_FEEDBACKS, FIRST_MOMENTS, SECOND_MOMENTS, check_residual
 from dqt.errors import ConfigError, DqtError, NonFiniteError, did_you_mean
 from dqt.numerics import philox
 from dqt.numerics.rounding import ROUNDINGS
 from dqt.optim import checks, fused
-from dqt.optim.eco import ERROR_FEEDBACKS, feed_back
+from dqt.optim.eco import feed_back
 from dqt.optim.learned_scale import new_scale_state, update_scale
-from dqt.optim.moments import FIRST_MOMENTS, SECOND_MOMENTS, Moments, mean_squares, ordered_mean
+from dqt.optim.moments import Moments, mean_squares, ordered_mean
 from dqt.optim.rule import Rule
 from dqt.optim.step import Step, gradient_matrix, matrix_shape, write_float
 from dqt.optim.threshold import LearnedThreshold
-from dqt.optim.writeback import (
-    DEFAULT_HYSTERESIS,
-    WriteBackStats,
-    check_residual,
-    default_residual_bits,
-    new_residual,
-    write_back,
-)
+from dqt.optim.writeback import WriteBackStats, default_residual_bits, new_residual, write_back
 from dqt.tensor import QuantizedTensor
 
 if TYPE_CHECKING:

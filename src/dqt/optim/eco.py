@@ -16,8 +16,6 @@ from torch import Tensor
 
 from dqt.optim.step import Step
 
-ERROR_FEEDBACKS = ("none", "eco")
-
 
 def feed_back(step: Step, rows: slice, lost: Tensor) -> None:
     """Adds what rounding kept back of some rows, in units of the weight, to their first moment."""

@@ -39,11 +39,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dqt import ops
-from dqt.numerics.float8 import BLOCK, E4M3, LARGEST, SMALLEST_E4M3, stochastic_e4m3
+from dqt.numerics.float8 import E4M3, LARGEST, SMALLEST_E4M3, stochastic_e4m3
 from dqt.ops.reference import SMALLEST_ABSMAX, exact_sqrt
-
-FIRST_MOMENTS = ("none", "fp32", "bf16", "int8", "fp8")
-SECOND_MOMENTS = ("none", "full", "bf16", "int8", "fp8", "factored")
+from dqt.sizes import SCALE_BLOCK
 
 _FIRST_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": E4M3}
 _SECOND_TYPES = {"full": torch.float32, "bf16": torch.bfloat16, "int8": torch.uint8, "fp8": E4M3}
@@ -84,7 +82,7 @@ class Moments:
             if dtype is not None:
                 self.state[key] = torch.zeros_like(grad, dtype=dtype)
             if dtype in _TOP:
-                self.state[f"{key}_scale"] = zeros(rows, -(-columns // BLOCK))
+                self.state[f"{key}_scale"] = zeros(rows, -(-columns // SCALE_BLOCK))
         if self.second == "factored":
             self.state["exp_avg_sq_row"] = zeros(rows)
             self.state["exp_avg_sq_col"] = zeros(columns)
@@ -174,13 +172,13 @@ class Moments:
 
 
 def _by_block(scale: Tensor, columns: int) -> Tensor:
-    return scale.repeat_interleave(BLOCK, dim=1)[:, :columns]
+    return scale.repeat_interleave(SCALE_BLOCK, dim=1)[:, :columns]
 
 
 def _scaled(values: Tensor, top: float) -> tuple[Tensor, Tensor]:
     """Scale of each block, and the values in units of it: top * value / largest."""
     columns = values.shape[1]
-    blocks = F.pad(values, (0, -columns % BLOCK)).unflatten(1, (-1, BLOCK))
+    blocks = F.pad(values, (0, -columns % SCALE_BLOCK)).unflatten(1, (-1, SCALE_BLOCK))
     largest = blocks.abs().amax(dim=2)
     # A tensor divided by a tensor: `top / largest` would be torch's reciprocal times top, rounded twice.
     inverse = torch.where(largest > SMALLEST_ABSMAX, torch.full_like(largest, top) / largest, 0.0)

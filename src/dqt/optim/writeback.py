@@ -35,29 +35,15 @@ import torch
 from torch import Tensor
 
 from dqt import ops
-from dqt.errors import ConfigError
-from dqt.numerics.packing import packed_size
+from dqt.choices import DEFAULT_HYSTERESIS, FLOAT_RESIDUAL
 from dqt.numerics.rounding import Steps
+from dqt.sizes import packed_size
 from dqt.tensor import QuantizedTensor
-
-FLOAT_RESIDUAL = 32
-RESIDUAL_BITS = (0, 2, 3, 4, 5, 6, 7, 8, 16, FLOAT_RESIDUAL)
-DEFAULT_HYSTERESIS = 0.056
 
 
 def default_residual_bits(weight: QuantizedTensor) -> int:
     """8 below 5 bits, where the noise of strict rounding costs loss; 0, which is strict, from 5 bits on."""
     return 8 if weight.format.bits < 5 else 0
-
-
-def check_residual(residual_bits: int, hysteresis: float) -> None:
-    """Raises `ConfigError` unless the residual can hold half a step plus the hysteresis."""
-    if residual_bits not in RESIDUAL_BITS:
-        raise ConfigError(
-            f"residual_bits={residual_bits} is not one of {RESIDUAL_BITS} (0 is strict, 32 is float)"
-        )
-    if not 0.0 <= hysteresis <= 0.45:
-        raise ConfigError(f"hysteresis={hysteresis} must be in [0, 0.45]: the residual spans one grid step")
 
 
 def new_residual(weight: QuantizedTensor, residual_bits: int, device: torch.device | None = None) -> Tensor:

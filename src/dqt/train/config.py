@@ -21,10 +21,10 @@ from typing import Any, TypeVar
 
 import tomli_w
 
+from dqt.choices import PRODUCTS
 from dqt.errors import ConfigError, did_you_mean
 from dqt.models import PRESETS
 from dqt.recipes import Recipe, lr_rule, recipe_for
-from dqt.tensor import PRODUCTS
 from dqt.train.guard import SKIP
 from dqt.train.section import Section
 from dqt.train.sections import (
@@ -193,8 +193,6 @@ def resolve(config: Config) -> Config:
     Raises:
         ConfigError: Settings that do not go together.
     """
-    import torch
-
     recipe, preset = config.recipe(), PRESETS[config.model.preset]
     defaults = TRAINING_DEFAULTS[config.model.preset]
     steps = config.train.steps or defaults.steps
@@ -218,7 +216,7 @@ def resolve(config: Config) -> Config:
         "checkpoint_every": max(1, min(1000, steps // 5)),
         "log_every": max(1, steps // 500),
         "activation_checkpointing": defaults.activation_checkpointing,
-        "threads": torch.get_num_threads(),
+        "threads": config.train.threads or _threads(),
     }
     data = replace(config.data, text=tuple(str(Path(path).absolute()) for path in config.data.text))
     return Config(
@@ -228,6 +226,13 @@ def resolve(config: Config) -> Config:
         optim=_fill(config.optim, optim),
         train=_fill(config.train, train),
     )
+
+
+def _threads() -> int:
+    """As many as torch takes."""
+    import torch
+
+    return torch.get_num_threads()
 
 
 def required(value: _ValueT | None) -> _ValueT:

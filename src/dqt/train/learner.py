@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from dqt.build import autocast, build_optimizer
 from dqt.data.prepare import Corpus
 from dqt.data.sampler import Sampler
 from dqt.errors import LossSpikeError, NonFiniteError
@@ -27,7 +28,6 @@ from dqt.fused import fuse_
 from dqt.memory import MemoryTable, measure
 from dqt.models import build_config, build_with_recipe, count_parameters
 from dqt.optim import GradientRelease
-from dqt.recipes import autocast, build_optimizer
 from dqt.train.checkpoint import restore
 from dqt.train.compiled import compile_layers, eager
 from dqt.train.config import Config, required

@@ -14,10 +14,11 @@ import torch
 from dqt.allocator import give_back_at_once
 from dqt.data.prepare import Corpus, prepare_corpus
 from dqt.errors import ConfigError
-from dqt.memory import explain_out_of_memory, format_bytes
+from dqt.memory import explain_out_of_memory
 from dqt.models import build_config
 from dqt.ops.bf16_guard import ensure_bf16_products
 from dqt.plan import advice, plan, refuse_what_does_not_fit
+from dqt.sizes import format_bytes
 from dqt.train import resume as resuming
 from dqt.train import storage
 from dqt.train.checkpoint import sweep

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-CHUNK_LOGITS = 2**22
-"""Logits in a chunk: 16 MB in float32. Larger ones spill the cache, smaller ones make thin products."""
+from dqt.sizes import CHUNK_LOGITS
 
 
 def chunked_cross_entropy(

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from dqt.errors import WriteError
-from dqt.memory import format_bytes
+from dqt.sizes import format_bytes
 from dqt.tensor import QuantizedTensor
 from dqt.train.storage import write_text
 

@@ -26,17 +26,19 @@ import torch
 from torch import nn
 
 from dqt.baselines import bitnet_
+from dqt.build import autocast
+from dqt.choices import Products
 from dqt.data.tokenizer import TextTokenizer, load_tokenizer
 from dqt.errors import DqtError, ModelError
 from dqt.fused import fuse_, is_fused
 from dqt.models import ARCHITECTURES, Initializer, empty_model
 from dqt.nn import set_quantized_weight
 from dqt.numerics.formats import parse_bits
-from dqt.numerics.packing import packed_size
 from dqt.ops.bf16_guard import ensure_bf16_products
 from dqt.quantize import QuantizeReport
-from dqt.recipes import METHODS, Recipe, autocast, recipe_for
-from dqt.tensor import Products, QuantizedTensor
+from dqt.recipes import METHODS, Recipe, recipe_for
+from dqt.sizes import packed_size
+from dqt.tensor import QuantizedTensor
 from dqt.train import storage
 from dqt.train.checkpoint import versions
 

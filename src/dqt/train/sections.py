@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
-from dqt.data.prepare import DataSpec
+from dqt.data.spec import DataSpec
 from dqt.errors import ConfigError
 from dqt.models import ARCHITECTURES, PRESETS
 from dqt.numerics.formats import parse_bits

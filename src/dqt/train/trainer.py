@@ -14,12 +14,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dqt.build import autocast
 from dqt.data.prepare import Corpus
 from dqt.data.tokenizer import load_tokenizer
 from dqt.errors import DqtError, LossSpikeError, NonFiniteError, WriteError
 from dqt.evaluate import Evaluation
 from dqt.memory import MemoryTable, measure, peak_memory, process_memory
-from dqt.recipes import autocast
 from dqt.sampling import continue_text
 from dqt.train import storage
 from dqt.train.checkpoint import prune, remove_later, save_checkpoint

@@ -1,0 +1,80 @@
+"""What can be chosen by name or number, and what fits together: all that a config is checked against.
+
+Without torch, whose import takes a second or two, so that a config is read, refused or planned at once. What
+the names stand for is where it is computed: `numerics.rounding`, `numerics.scales`, `optim.moments`,
+`optim.writeback`; a test holds that both know the same names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dqt.errors import ConfigError, did_you_mean
+
+SCALE_RULES = ("gaussian", "absmean", "absmax", "learned", "paper")
+ROUNDINGS = ("stochastic", "nearest", "gated", "agreed", "noise", "biased", "learned")
+GATED_ROUNDINGS = ("gated", "agreed")
+"""Those that look at the first moment."""
+
+FIRST_MOMENTS = ("none", "fp32", "bf16", "int8", "fp8")
+SECOND_MOMENTS = ("none", "full", "bf16", "int8", "fp8", "factored")
+ERROR_FEEDBACKS = ("none", "eco")
+
+FLOAT_RESIDUAL = 32
+RESIDUAL_BITS = (0, 2, 3, 4, 5, 6, 7, 8, 16, FLOAT_RESIDUAL)
+DEFAULT_HYSTERESIS = 0.056
+
+PRODUCTS = ("forward", "grad_input", "grad_weight")
+PRODUCT_KINDS = ("int8", "float", "fp8")
+COMPUTE_BITS = ("stored", "ternary")
+GRADIENTS = ("fp32", "bf16", "fp8")
+
+
+def check_residual(residual_bits: int, hysteresis: float) -> None:
+    """Raises `ConfigError` unless the residual can hold half a step plus the hysteresis."""
+    if residual_bits not in RESIDUAL_BITS:
+        raise ConfigError(
+            f"residual_bits={residual_bits} is not one of {RESIDUAL_BITS} (0 is strict, 32 is float)"
+        )
+    if not 0.0 <= hysteresis <= 0.45:
+        raise ConfigError(f"hysteresis={hysteresis} must be in [0, 0.45]: the residual spans one grid step")
+
+
+@dataclass(frozen=True)
+class Products:
+    """How a linear layer multiplies with a weight.
+
+    Kinds of products: "int8" (integers), "float" (the input's float dtype), or "fp8" (float8 numbers times
+    integer codes, emulated in float32 products: no hardware for it was at hand). Only "fp8" goes alone.
+
+    Attributes:
+        forward: y = x Wᵀ. "int8" and "fp8" quantize x per token; "float" takes x as it is.
+        grad_input: dx = dy W.
+        grad_weight: dW = dyᵀ x.
+        compute_bits: "stored", or "ternary": products take clamp(round(codes / mean|codes|), -1, 1) times
+            that mean, as BitNet does with its float weights; the gradient goes straight through.
+        gradient: What dW is rounded to before the optimizer sees it: "fp32" leaves it, "bf16", or "fp8" (e4m3
+            in blocks of 128). It still lies in a float32 tensor.
+    """
+
+    forward: str = "int8"
+    grad_input: str = "int8"
+    grad_weight: str = "int8"
+    compute_bits: str = "stored"
+    gradient: str = "fp32"
+
+    def __post_init__(self) -> None:
+        for name in PRODUCTS:
+            kind = getattr(self, name)
+            if kind not in PRODUCT_KINDS:
+                raise ConfigError(f"unknown product {name}={kind!r}; {did_you_mean(kind, PRODUCT_KINDS)}")
+        kinds = {getattr(self, name) for name in PRODUCTS}
+        if "fp8" in kinds and len(kinds) > 1:
+            raise ConfigError("fp8 products go alone: set forward, grad_input and grad_weight all to fp8")
+        for name, names in (("compute_bits", COMPUTE_BITS), ("gradient", GRADIENTS)):
+            if (value := getattr(self, name)) not in names:
+                raise ConfigError(f"unknown {name}={value!r}; {did_you_mean(value, names)}")
+
+
+INT8_PRODUCTS = Products()
+FLOAT_PRODUCTS = Products("float", "float", "float")
