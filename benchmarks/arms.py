@@ -27,8 +27,8 @@ from dqt.build import autocast, build_optimizer, prepare_model_
 from dqt.fused import fuse_
 from dqt.models import build_config, build_model
 from dqt.ops.bf16_guard import ensure_bf16_products
-from dqt.quantize import linear_modules
 from dqt.recipes import Recipe, recipe_for
+from dqt.rules import linear_modules
 from dqt.train.losses import language_model_loss
 
 VOCABULARY, BATCH, SEQUENCE = 4096, 2, 512

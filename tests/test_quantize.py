@@ -16,7 +16,7 @@ from dqt.choices import FLOAT_PRODUCTS, Products
 from dqt.errors import ConfigError, DqtError
 from dqt.numerics.formats import FORMATS
 from dqt.numerics.scales import SCALE_RULES
-from dqt.quantize import linear_modules, output_heads
+from dqt.rules import linear_modules, output_heads
 from dqt.tensor import QuantizedTensor
 
 

@@ -18,14 +18,26 @@ if TYPE_CHECKING:
     from dqt import optim
     from dqt.choices import Products
     from dqt.fused import fuse_
-    from dqt.quantize import QuantizeReport, quantize_
+    from dqt.hf import DqtConfig
+    from dqt.quantize import quantize_
+    from dqt.rules import QuantizeReport
     from dqt.tensor import QuantizedTensor
 
-__all__ = ["Products", "QuantizeReport", "QuantizedTensor", "__version__", "fuse_", "optim", "quantize_"]
+__all__ = [
+    "DqtConfig",
+    "Products",
+    "QuantizeReport",
+    "QuantizedTensor",
+    "__version__",
+    "fuse_",
+    "optim",
+    "quantize_",
+]
 
 _HOME = {
+    "DqtConfig": "dqt.hf",
     "Products": "dqt.tensor",
-    "QuantizeReport": "dqt.quantize",
+    "QuantizeReport": "dqt.rules",
     "QuantizedTensor": "dqt.tensor",
     "fuse_": "dqt.fused",
     "quantize_": "dqt.quantize",

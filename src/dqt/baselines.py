@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from dqt import ops
 from dqt.nn import set_quantized_weight
 from dqt.numerics.formats import parse_bits
-from dqt.quantize import Left, QuantizeReport, linear_modules
+from dqt.rules import Left, QuantizeReport, linear_modules
 from dqt.tensor import QuantizedTensor
 
 

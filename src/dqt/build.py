@@ -13,9 +13,10 @@ from dqt.baselines import bitnet_
 from dqt.errors import ConfigError
 from dqt.optim import SGD, Adafactor, AdamW, PaperAdafactor, PaperAdamW
 from dqt.optim.base import QuantizedOptimizer
-from dqt.quantize import QuantizeReport, Rule, linear_modules, quantize_
+from dqt.quantize import quantize_
 from dqt.recipe import Recipe
 from dqt.recipes import LR_WIDTH, lr_rule
+from dqt.rules import QuantizeReport, Rule, linear_modules
 from dqt.tensor import QuantizedTensor
 
 
@@ -43,7 +44,12 @@ def prepare_model_(
     if rules and not recipe.quantized:
         raise ConfigError(f"method {recipe.method} takes no rules: its weights are floats")
     if recipe.method == "bitnet":
-        return bitnet_(model)
+        report = bitnet_(model)
+        if hasattr(model, "save_pretrained"):
+            from dqt.hf import remember
+
+            remember(model)
+        return report
     if not recipe.quantized:
         return QuantizeReport()
     assert recipe.bits is not None

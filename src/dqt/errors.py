@@ -30,6 +30,10 @@ class WriteError(ModelError):
     """A file or directory that can't be written, for want of space or permission; the old one is intact."""
 
 
+class FloatWriteError(DqtError, TypeError):
+    """Floats that an operation would write into a low-bit weight, as other libraries' optimizers do."""
+
+
 class DivergedError(DqtError):
     """Training that has left the numbers it can go on from; the same run would end at the same step again."""
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dqt.errors import DqtError
-from dqt.quantize import linear_modules
+from dqt.rules import linear_modules
 from dqt.sizes import format_bytes
 from dqt.tensor import QuantizedTensor
 

@@ -28,8 +28,8 @@ from dqt.errors import ConfigError, did_you_mean
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from dqt.quantize import QuantizeReport, Rule
     from dqt.recipes import Recipe
+    from dqt.rules import QuantizeReport, Rule
 
 
 @dataclass(frozen=True)

@@ -340,8 +340,12 @@ def _load_plain_tensors(
 
 def set_quantized_weight(module: nn.Module, weight: nn.Parameter) -> None:
     """Gives a module a `QuantizedTensor` as its `weight`, and the hooks that keep its state dict plain."""
-    already = isinstance(module.weight, QuantizedTensor)
+    if not isinstance(module.weight, QuantizedTensor):
+        keep_state_dict_plain(module)
     module.weight = weight
-    if not already:
-        module.register_state_dict_post_hook(_save_plain_tensors)
-        module.register_load_state_dict_pre_hook(_load_plain_tensors)
+
+
+def keep_state_dict_plain(module: nn.Module) -> None:
+    """Has a module show codes and scale of a low-bit `weight` in its state dict, as plain tensors."""
+    module.register_state_dict_post_hook(_save_plain_tensors)
+    module.register_load_state_dict_pre_hook(_load_plain_tensors)

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from dqt import ops
 from dqt.choices import INT8_PRODUCTS, Products
-from dqt.errors import ConfigError
+from dqt.errors import ConfigError, FloatWriteError
 from dqt.numerics.formats import Format
 from dqt.sizes import FLOAT_BLOCK, packed_size
 
@@ -238,7 +238,7 @@ class QuantizedTensor(torch.Tensor):
                 return self
         for written in _written_arguments(func, args, kwargs):
             if isinstance(written, cls):
-                raise TypeError(_refusal(func, written))
+                raise FloatWriteError(_refusal(func, written))
         # Every other operation (norm gains, weight.t(), zeros_like, norms) reads a float copy.
         plain = pytree.tree_map_only(cls, cls.dequantize, (args, kwargs))
         return func(*plain[0], **plain[1])
@@ -266,7 +266,8 @@ def _written_arguments(func: Any, args: Any, kwargs: Any) -> Iterator[Any]:
 def _refusal(func: Any, weight: QuantizedTensor) -> str:
     return (
         f"{func} would write floats into a {weight.format} weight; nothing is rounded behind your back: "
-        "train it with dqt.optim, or write integers with weight.write_codes"
+        "train it with dqt.optim (Trainer's optimizers=(...) takes one), or write integers with "
+        "weight.write_codes"
     )
 
 
@@ -274,6 +275,6 @@ def _refusal(func: Any, weight: QuantizedTensor) -> str:
 def _refuse_item_assignment(weight: Tensor, index: Any, value: Any) -> None:
     """Indexing reads a float copy, so that an assignment through it would be lost without a word."""
     if isinstance(weight, QuantizedTensor):
-        raise TypeError(_refusal("weight[...] = value", weight))
+        raise FloatWriteError(_refusal("weight[...] = value", weight))
     with torch._C.DisableTorchFunctionSubclass():
         weight[index] = value.dequantize() if isinstance(value, QuantizedTensor) else value

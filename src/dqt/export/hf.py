@@ -111,6 +111,8 @@ def _write(
     config.dtype = torch.float32
     if quantization is not None:
         config.quantization_config = quantization
+    elif hasattr(config, "quantization_config"):  # what these weights were
+        del config.quantization_config
     config.save_pretrained(target)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(target)

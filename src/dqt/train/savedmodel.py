@@ -35,8 +35,8 @@ from dqt.models import ARCHITECTURES, Initializer, empty_model
 from dqt.nn import set_quantized_weight
 from dqt.numerics.formats import parse_bits
 from dqt.ops.bf16_guard import ensure_bf16_products
-from dqt.quantize import QuantizeReport
 from dqt.recipes import METHODS, Recipe, recipe_for
+from dqt.rules import QuantizeReport
 from dqt.sizes import packed_size
 from dqt.tensor import QuantizedTensor
 from dqt.train import storage
@@ -80,6 +80,8 @@ def save_model(
         "versions": versions(),
         "summary": dict(summary),
     }
+    if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
+        quantizer.get_state_dict_and_metadata(model)  # config.json is to say what the weights are
     with storage.staged_directory(target) as staging:
         model.config.save_pretrained(staging)
         if model.generation_config is not None:
