@@ -11,8 +11,10 @@ import pytest
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 SHOWS = {
+    "accelerate_loop.py": ["epoch 3: ", "codes: [-1, 0, 1], "],
     "llama_cpp.py": ["verified in llama.cpp", "llama.cpp goes on:\ndef "],
     "quantize_module.py": ["step 100: ", "codes of the first layer: [-8, "],
+    "trainer.py": ["bits=4", "resumed at step 20: the same bits"],
 }
 
 
