@@ -13,7 +13,7 @@ import torch
 from dqt.errors import ModelError
 from dqt.tensor import QuantizedTensor
 from dqt.train import storage
-from dqt.train.savedmodel import load_model
+from dqt.train.savedmodel import load_model, precision
 from dqt.train.trainer import Trainer
 from train_helpers import run_micro
 
@@ -151,3 +151,69 @@ def test_a_manifest_cannot_point_elsewhere(model_dir: Path) -> None:
     (model_dir / "manifest.json").write_text(storage._manifest_text(manifest["files"]))
     with pytest.raises(ModelError, match="not a plain file"):
         load_model(model_dir)
+
+
+# -- what save_pretrained wrote ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pretrained(model_dir: Path, tmp_path: Path) -> Path:
+    """The same model as transformers saves it, with the tokenizer beside it."""
+    model, _, _ = load_model(model_dir)
+    model.save_pretrained(tmp_path / "pretrained")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(model_dir / name, tmp_path / "pretrained" / name)
+    return tmp_path / "pretrained"
+
+
+def test_what_transformers_saved_is_read(model_dir: Path, pretrained: Path) -> None:
+    ours, _, _ = load_model(model_dir)
+    theirs, _, info = load_model(pretrained)
+    assert [type(module) for module in ours.modules()] == [type(module) for module in theirs.modules()]
+    assert all(torch.equal(t, theirs.state_dict()[name]) for name, t in ours.state_dict().items())
+    tokens = torch.arange(12)[None]
+    with torch.no_grad(), precision(info):
+        assert torch.equal(ours(input_ids=tokens).logits, theirs(input_ids=tokens).logits)
+
+
+def test_a_model_that_was_read_and_changed_saves_what_it_is(model_dir: Path, pretrained: Path) -> None:
+    model, _, _ = load_model(pretrained)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    codes = weight.unpack()
+    weight.write_codes(-codes)
+    model.save_pretrained(pretrained)
+    again, _, _ = load_model(pretrained)
+    assert torch.equal(again.model.layers[0].mlp.up_proj.weight.unpack(), -codes)
+
+
+def test_damage_in_what_transformers_saved(pretrained: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(pretrained / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight.codes"][2, 3] ^= 1
+    save_file(tensors, pretrained / "model.safetensors")
+    with pytest.raises(ModelError, match=r"layers.1.mlp.up_proj.weight is damaged: codes or scale differ"):
+        load_model(pretrained)
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"bitz": 4}, "takes no 'bitz'"),
+        ({"format_version": 7}, "has format 7, this dqt reads up to 2: update dqt"),
+        ({"weights": [{"bits": "9"}]}, "quantization_config in config.json is damaged"),
+        ({"baseline": "nothing"}, "unknown baseline 'nothing'"),
+        ({"weights": [{"bits": "4", "products": {}, "sha256": {"no.such.weight": None}}]}, "does not fit"),
+        ({"weights": []}, "does not fit"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_config_of_transformers_that_makes_no_model(
+    changes: dict[str, Any], part: str, pretrained: Path
+) -> None:
+    path = pretrained / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= changes
+    path.write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=part):
+        load_model(pretrained)

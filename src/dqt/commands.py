@@ -89,13 +89,13 @@ def run_eval(arguments: argparse.Namespace) -> int:
     from dqt.data.tokenizer import token_byte_lengths
     from dqt.evaluate import evaluate
     from dqt.memory import explain_out_of_memory
-    from dqt.train.savedmodel import load_model, precision
+    from dqt.train.savedmodel import find_model, load_model, precision
 
     with explain_out_of_memory(lambda: "evaluation needs more than there is; close other programs"):
         model, tokenizer, info = load_model(arguments.directory)
         seq_len, windows = model.config.max_position_embeddings, arguments.windows
         if arguments.text:
-            shards = encode_text(_model_directory(arguments.directory), arguments.text)
+            shards = encode_text(find_model(arguments.directory), arguments.text)
         else:
             config = _run_config(arguments.directory)
             shards = _held_out(config, info)
@@ -176,10 +176,6 @@ def run_doctor(arguments: argparse.Namespace) -> int:
 def _require_directory(path: Path) -> None:
     if not path.is_dir():
         raise ModelError(f"there is no directory {str(path)!r}: give a run that dqt train wrote")
-
-
-def _model_directory(path: Path) -> Path:
-    return path if (path / "dqt.json").is_file() else path / "model"
 
 
 def _run_config(directory: Path) -> Config:

@@ -148,10 +148,10 @@ def score(directory: Path, names: list[str], limit: int | None = None) -> Scores
     from lm_eval import simple_evaluate
     from transformers import AutoTokenizer
 
-    from dqt.train.savedmodel import INFO, load_model, precision
+    from dqt.train.savedmodel import find_model, load_model, precision
 
     model, _, info = load_model(directory)
-    path = directory if (directory / INFO).is_file() else directory / "model"
+    path = find_model(directory)
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     with _quiet(), precision(info):
         try:
@@ -172,11 +172,17 @@ def score(directory: Path, names: list[str], limit: int | None = None) -> Scores
 
 
 def model_hash(path: Path) -> str:
-    """SHA-256 over the names and SHA-256 of a model's files, which loading has compared with the files."""
-    from dqt.train.storage import MANIFEST, load_json
+    """SHA-256 over the names and SHA-256 of a model's files.
 
-    files = load_json(path / MANIFEST)["files"]
-    lines = [f"{name} {entry['sha256']}\n" for name, entry in sorted(files.items())]
+    They are those of the manifest, which loading has compared with the files; `save_pretrained` writes none.
+    """
+    from dqt.train.storage import MANIFEST, load_json, sha256
+
+    if (path / MANIFEST).is_file():
+        files = {name: entry["sha256"] for name, entry in load_json(path / MANIFEST)["files"].items()}
+    else:
+        files = {file.name: sha256(file) for file in path.iterdir() if file.is_file()}
+    lines = [f"{name} {digest}\n" for name, digest in sorted(files.items())]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

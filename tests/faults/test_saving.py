@@ -57,7 +57,7 @@ def verification(patch: pytest.MonkeyPatch) -> None:
 
 
 def hashes(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(storage, "_sha256", lambda path: "0" * 64)
+    patch.setattr(storage, "sha256", lambda path: "0" * 64)
 
 
 def the_manifest_s_own_hash(patch: pytest.MonkeyPatch) -> None:

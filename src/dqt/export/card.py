@@ -100,7 +100,8 @@ def _formats(source: Source) -> Counter[str]:
 def describe(source: Source) -> str:
     """One line: bits and method."""
     formats = " and ".join(sorted(_formats(source))) or "float"
-    return f"{formats} weights, trained by dqt with the method {source.info.get('method')}"
+    method = source.info.get("method")
+    return f"{formats} weights, trained by dqt" + (f" with the method {method}" if method else "")
 
 
 def _facts(source: Source) -> dict[str, Any]:
@@ -139,6 +140,7 @@ def _method(info: dict[str, Any]) -> str:
         "residual": f"residual: {residual} bits of remainder a weight during training, not exported",
         "paper": f"paper: as published in {PAPER}",
         "bitnet": "bitnet: float32 master weights (BitNet b1.58), of which the ternary weights are exported",
+        "None": "not noted: the model was saved by transformers",
     }.get(str(method), str(method))
 
 

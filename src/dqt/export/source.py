@@ -25,7 +25,7 @@ from dqt.errors import ModelError
 from dqt.nn import set_quantized_weight
 from dqt.numerics.formats import parse_bits
 from dqt.tensor import QuantizedTensor
-from dqt.train.savedmodel import INFO, load_model
+from dqt.train.savedmodel import INFO, find_model, load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,8 +90,7 @@ def load_source(directory: Path) -> Source:
             f"give the run {run}, whose model/ a finished or interrupted run leaves there"
         )
     model, tokenizer, info = load_model(directory)
-    path = directory if (directory / INFO).is_file() else directory / "model"
-    return Source(path, model, tokenizer, info)
+    return Source(find_model(directory), model, tokenizer, info)
 
 
 def without_masters(source: Source) -> Source:

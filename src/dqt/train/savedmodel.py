@@ -8,6 +8,9 @@
         dqt.json                             how to rebuild the low-bit weights, recipe, the run's summary
         manifest.json                        size and SHA-256 of the others
 
+What `save_pretrained` of `transformers` writes, and so Trainer, has neither `dqt.json` nor the manifest: how
+the low-bit weights are rebuilt stands in config.json, and their hashes; nobody noted how they were trained.
+
 The weights are in the format they were trained in, so that nothing is lost or gained by saving; other
 runtimes need an export. A model is rebuilt from its class and the list of its low-bit tensors, not from a
 pickled object.
@@ -29,12 +32,14 @@ from dqt.baselines import bitnet_
 from dqt.build import autocast
 from dqt.choices import Products
 from dqt.data.tokenizer import TextTokenizer, load_tokenizer
-from dqt.errors import DqtError, ModelError
+from dqt.errors import ConfigError, DqtError, ModelError
 from dqt.fused import fuse_, is_fused
+from dqt.hf import METHOD, DqtConfig, remember
 from dqt.models import ARCHITECTURES, Initializer, empty_model
 from dqt.nn import set_quantized_weight
 from dqt.numerics.formats import parse_bits
 from dqt.ops.bf16_guard import ensure_bf16_products
+from dqt.packed import Packed, check, read_description
 from dqt.recipes import METHODS, Recipe, recipe_for
 from dqt.rules import QuantizeReport
 from dqt.sizes import packed_size
@@ -94,26 +99,16 @@ def save_model(
 
 
 def load_model(directory: str | Path) -> tuple[PreTrainedModel, TextTokenizer, dict[str, Any]]:
-    """Reads a directory that `save_model` wrote, or the run's directory that holds it as `model`.
+    """Reads a directory that `save_model` or `save_pretrained` wrote, or a run that holds it as `model`.
 
     Returns:
-        The model, in evaluation mode, its tokenizer, and the content of `dqt.json`.
+        The model, in evaluation mode, its tokenizer, and the content of `dqt.json`, or what is known of it.
 
     Raises:
         ModelError: If it is missing, damaged, of a newer format, or its tokenizer does not fit.
     """
-    path = Path(directory)
-    if not (path / INFO).is_file() and (path / "model" / INFO).is_file():
-        path = path / "model"
-    if not (path / INFO).is_file():
-        raise ModelError(
-            f"{directory} holds no model ({INFO} is missing): give a finished run, or its model/"
-        )
-    info = storage.load_json(path / INFO)
-    storage.check_version(path / INFO, info)
-    if info.get("method") not in METHODS:
-        raise ModelError(f"{path / INFO} names no method that dqt knows: {str(info.get('method'))[:40]!r}")
-    storage.verify(path, (INFO, MODEL, "config.json", "tokenizer.json"))
+    path = find_model(directory)
+    info, described = _read_info(path)
     try:
         tokenizer = load_tokenizer(path)
     except DqtError as error:
@@ -126,11 +121,65 @@ def load_model(directory: str | Path) -> tuple[PreTrainedModel, TextTokenizer, d
             f"the model {rows}; put the tokenizer that it was trained with back"
         )
     storage.load_model_tensors(model, path / MODEL)
+    for name, packed in described.items():
+        weight: Any = model.get_parameter(name)
+        check(name, weight, packed)
     return model.eval(), tokenizer, info
+
+
+def find_model(directory: str | Path) -> Path:
+    """A model's directory, from its own path or that of the run that holds it as `model`.
+
+    Raises:
+        ModelError: If there is none.
+    """
+    path = Path(directory)
+    for candidate in (path, path / "model"):
+        if (candidate / INFO).is_file() or _is_pretrained(candidate):
+            return candidate
+    raise ModelError(f"{directory} holds no model ({INFO} is missing): give a finished run, or its model/")
+
+
+def _is_pretrained(directory: Path) -> bool:
+    """Whether `save_pretrained` wrote low-bit weights there; with a manifest, it is ours and lacks a file."""
+    config = directory / "config.json"
+    if not config.is_file() or (directory / storage.MANIFEST).exists():
+        return False
+    settings = storage.load_json(config).get("quantization_config")
+    return isinstance(settings, dict) and settings.get("quant_method") == METHOD
+
+
+def _read_info(path: Path) -> tuple[dict[str, Any], dict[str, Packed]]:
+    """The content of `dqt.json`, of a directory whose files are whole; or what config.json says instead, and
+    how to tell whether the low-bit weights are."""
+    if not (path / INFO).is_file():
+        return _read_pretrained(path / "config.json")
+    info = storage.load_json(path / INFO)
+    storage.check_version(path / INFO, info)
+    if info.get("method") not in METHODS:
+        raise ModelError(f"{path / INFO} names no method that dqt knows: {str(info.get('method'))[:40]!r}")
+    storage.verify(path, (INFO, MODEL, "config.json", "tokenizer.json"))
+    return info, {}
+
+
+def _read_pretrained(path: Path) -> tuple[dict[str, Any], dict[str, Packed]]:
+    try:
+        settings = DqtConfig(**storage.load_json(path)["quantization_config"])
+    except (ConfigError, TypeError) as error:
+        raise ModelError(f"{path} is damaged: {error}") from error
+    described = read_description(settings.weights or [])
+    tensors = {
+        name: {"bits": packed.format.name, "products": asdict(packed.products)}
+        for name, packed in described.items()
+    }
+    info = {"method": settings.baseline, "bits": None, "fused": settings.fused, "tensors": tensors}
+    return info, described
 
 
 def precision(info: Mapping[str, Any]) -> contextlib.AbstractContextManager[Any]:
     """The autocast context that a model was trained in, its products made safe."""
+    if info["method"] is None:
+        return contextlib.nullcontext()
     environment = info.get("recipe", {}).get("environment", "fp32")
     recipe = recipe_for(info["method"], info["bits"], environment=environment)
     if recipe.autocasts:
@@ -174,8 +223,11 @@ def _rebuild(path: Path, info: Mapping[str, Any]) -> PreTrainedModel:
         Initializer(model, seed=0).finish()
         if info.get("fused"):  # so that it computes the same bits as the model that was trained
             fuse_(model)
+        if info["method"] == "bitnet" or info["tensors"]:
+            remember(model)
     except (KeyError, TypeError, AttributeError, ValueError, DqtError) as error:
-        raise ModelError(f"{path / INFO} does not fit the model: {error!r}") from error
+        name = INFO if (path / INFO).is_file() else "config.json"
+        raise ModelError(f"{path / name} does not fit the model: {error!r}") from error
     return model
 
 
@@ -203,14 +255,16 @@ def _make_low_bit(
     """Gives every module that holds this parameter a low-bit weight of the format it was saved in."""
     module_name, _, attribute = name.rpartition(".")
     old = model.get_submodule(module_name).weight
-    if attribute != "weight" or not isinstance(old, nn.Parameter) or list(old.shape) != list(entry["shape"]):
-        raise ModelError(f"{name} has no weight of shape {entry['shape']}")
+    wanted = entry.get("shape", old.shape)
+    if attribute != "weight" or not isinstance(old, nn.Parameter) or list(old.shape) != list(wanted):
+        raise ModelError(f"{name} has no weight of shape {wanted}")
     format = parse_bits(entry["bits"])
     packed = (*old.shape[:-1], packed_size(old.shape[-1], format.bits))
-    for key, shape in (("codes", packed), ("scale", tuple(entry["scale"]))):
+    scales = entry.get("scale") or shapes.get(f"{name}.scale", ())
+    for key, shape in (("codes", packed), ("scale", tuple(scales))):
         if shapes.get(f"{name}.{key}") != shape:
             raise ModelError(f"{name}.{key} is {shapes.get(f'{name}.{key}')} in {MODEL}, not {shape}")
-    codes, scale = torch.zeros(packed, dtype=torch.uint8), torch.ones(entry["scale"], dtype=torch.float32)
+    codes, scale = torch.zeros(packed, dtype=torch.uint8), torch.ones(scales, dtype=torch.float32)
     products = Products(**entry["products"])
     weight = nn.Parameter(QuantizedTensor(codes, scale, format, old.shape, old.dtype, products))
     for module in model.modules():

@@ -196,7 +196,7 @@ def verify(directory: Path, required: tuple[str, ...] = ()) -> None:
         if Path(name).name != name or not path.is_file() or path.is_symlink():
             raise ModelError(f"{path} is missing, or not a plain file")
         try:
-            same = path.stat().st_size == entry.get("bytes") and _sha256(path) == entry.get("sha256")
+            same = path.stat().st_size == entry.get("bytes") and sha256(path) == entry.get("sha256")
         except OSError as error:
             raise ModelError(f"{path} can't be read: {error.strerror}") from error
         if not same:
@@ -217,7 +217,7 @@ def check_version(path: Path, content: Mapping[str, Any]) -> None:
 def _write_manifest(directory: Path) -> None:
     files = {}
     for path in sorted(directory.iterdir()):
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         _sync(path)
     (directory / MANIFEST).write_text(_manifest_text(files), encoding="utf-8")
     _sync(directory / MANIFEST)
@@ -230,7 +230,8 @@ def _manifest_text(files: Any) -> str:
     return to_json({"format_version": FORMAT_VERSION, "files_sha256": digest, "files": files})
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
