@@ -106,7 +106,7 @@ def test_resolving_fills_everything_and_survives_toml(preset: str, method: str |
     }
     # What stays open has no default: it belongs to the run's directory, or is nothing by nature.
     by_nature = {"data.tokenizer", "data.max_bytes", "data.dataset_config", "train.out", "train.memory_limit"}
-    by_nature |= {"quant.scale_rule", "quant.init_gain"}
+    by_nature |= {"quant.scale_rule", "quant.init_gain", "model.start_from"}
     by_nature |= {
         f"model.{key}" for key in ("num_key_value_heads", "rope_theta", "rms_norm_eps", "initializer_range")
     }

@@ -25,6 +25,7 @@ def prepare_model_(
     recipe: Recipe,
     rules: Mapping[str, Rule] | None = None,
     materialize: Callable[[str], None] | None = None,
+    calibrate: Mapping[str, Any] | None = None,
 ) -> QuantizeReport:
     """Puts a recipe's weights into a model, in place.
 
@@ -34,6 +35,7 @@ def prepare_model_(
         rules: Name patterns to bits, or None to leave float; see `dqt.quantize_`. Low-bit methods only; for
             `paper` they come after its own, which is to quantize everything.
         materialize: Makes a module of a model on the meta device real; see `dqt.quantize_`.
+        calibrate: A batch on which codes are chosen; see `dqt.quantize_`.
 
     Returns:
         What was converted and what was left.
@@ -62,6 +64,7 @@ def prepare_model_(
         per_row=recipe.per_row,
         products=recipe.products,
         materialize=materialize,
+        calibrate=calibrate,
     )
 
 

@@ -98,7 +98,7 @@ def run_eval(arguments: argparse.Namespace) -> int:
             shards = encode_text(find_model(arguments.directory), arguments.text)
         else:
             config = _run_config(arguments.directory)
-            shards = _held_out(config, info)
+            shards = _held_out(config, find_model(arguments.directory), info)
             seq_len, windows = config.train.seq_len or seq_len, windows or config.train.eval_windows
         token_bytes = token_byte_lengths(tokenizer)
         result = evaluate(model, shards, seq_len, windows, token_bytes=token_bytes, autocast=precision(info))
@@ -188,11 +188,13 @@ def _run_config(directory: Path) -> Config:
     raise ModelError(f"{directory} has no config.toml beside it that names its held-out text: give --text")
 
 
-def _held_out(config: Config, info: dict[str, Any]) -> Any:
+def _held_out(config: Config, model: Path, info: dict[str, Any]) -> Any:
     """The tokens that a run held out, if its text is still the same."""
     from dqt.data.prepare import prepare_corpus
+    from dqt.data.tokenizer import load_tokenizer
 
-    corpus = prepare_corpus(config.data.spec())
+    tokenizer = load_tokenizer(model) if config.model.start_from else None
+    corpus = prepare_corpus(config.data.spec(), tokenizer=tokenizer)
     if corpus.hash != info.get("summary", {}).get("data", {}).get("hash"):
         raise DataError(
             "the text has changed since this model was trained, so its held-out part has too: give --text"

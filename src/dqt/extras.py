@@ -9,9 +9,9 @@ from dqt.errors import ConfigError
 
 # What each extra of pyproject.toml is for.
 PURPOSES = {
-    "gguf": "writes GGUF files",
+    "gguf": "reads and writes GGUF files",
     "xllamacpp": "is llama.cpp, in which --verify runs a GGUF file",
-    "accelerate": "is what transformers loads BitNet weights with",
+    "accelerate": "is what transformers loads BitNet weights and GGUF files with",
     "lm_eval": "is the evaluation harness that runs --tasks",
 }
 

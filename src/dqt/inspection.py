@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from dqt.errors import ModelError
 from dqt.models import build_config, build_with_recipe, count_parameters
 from dqt.sizes import format_bytes
+from dqt.start import find_start
 from dqt.tensor import QuantizedTensor
 from dqt.train import checkpoint, savedmodel, storage
 from dqt.train.checkpoint import list_checkpoints
 from dqt.train.config import Config
 from dqt.train.metrics import code_histograms
+from dqt.train.pretrained import float_config
 from dqt.train.savedmodel import load_model
 
 COPY_COSINE = 0.5
@@ -138,9 +140,7 @@ def _inspect_checkpoint(path: Path) -> Inspection:
     shapes = storage.tensor_shapes(file)
     embedding = ("embed_tokens.weight", "embed_tokens.weight.codes")
     vocab_size = next((shape[0] for name, shape in shapes.items() if name.endswith(embedding)), 0)
-    model_config = build_config(
-        config.model.preset, config.model.arch, vocab_size, config.train.seq_len, config.model.overrides
-    )
+    model_config = _model_config(config, vocab_size)
     # The config's sizes are believed as far as the file goes: a weight takes a bit at least.
     layers = model_config.num_hidden_layers
     if layers > len(shapes) or count_parameters(model_config).total > 8 * file.stat().st_size:
@@ -148,6 +148,14 @@ def _inspect_checkpoint(path: Path) -> Inspection:
     model, _ = build_with_recipe(model_config, config.recipe(), config.quant.rules_to_bits)
     storage.load_model_tensors(model, file)
     return inspect_model(model, [file, path / checkpoint.OPTIMIZER])
+
+
+def _model_config(config: Config, vocab_size: int) -> Any:
+    """The `transformers` config of a run, given its effective config."""
+    if config.model.start_from is not None:
+        return float_config(find_start(config.model.start_from))
+    preset, arch = str(config.model.preset), str(config.model.arch)
+    return build_config(preset, arch, vocab_size, config.train.seq_len, config.model.overrides)
 
 
 def bars(counts: Iterable[int]) -> str:

@@ -225,13 +225,18 @@ class Initializer:
         # without this a model of 1B parameters ended up at 3.6 GB instead of 1.0.
         give_back()
         module = self.model.get_submodule(name)
-        for parameter in module.parameters(recurse=False):
+        own = [parameter for parameter in module.parameters(recurse=False) if parameter.is_meta]
+        for parameter in own:
             torch.utils.swap_tensors(parameter, nn.Parameter(torch.empty_like(parameter, device="cpu")))
         for buffer in module.buffers(recurse=False):
             torch.utils.swap_tensors(buffer, nn.Buffer(torch.empty_like(buffer, device="cpu")))
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(_seed_of(self.seed, name))
-            if self.init_gain is not None and isinstance(module, nn.Linear) and module is not self.head:
+            if len(own) == 1 and own[0] is getattr(
+                module, "bias", None
+            ):  # beside a weight that is packed already
+                nn.init.zeros_(own[0])
+            elif self.init_gain is not None and isinstance(module, nn.Linear) and module is not self.head:
                 nn.init.normal_(module.weight, std=self.init_gain * module.in_features**-0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)

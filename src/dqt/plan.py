@@ -105,7 +105,7 @@ class Plan:
 
     def __str__(self) -> str:
         train, quant = self.config.train, self.config.quant
-        name = " ".join(part for part in (self.config.model.preset, quant.bits, quant.method) if part)
+        name = " ".join(part for part in (self.config.model.name, quant.bits, quant.method) if part)
         columns = {"this run": self.needs} | {BASELINES[m]: n for m, n in self.baselines.items()}
         lines = [
             f"{name}, {train.batch_size} x {train.seq_len} tokens; {self.device} {format_bytes(self.budget)}",
@@ -139,6 +139,8 @@ def plan(config: Config, device: str = CPU, budget: str | None = None, vocab_siz
     """
     # Threads are of no interest here, and asking torch for its number would take longer than the rest.
     config = resolve(config.override({"train.threads": config.train.threads or 1}))
+    if not foretold(config):
+        raise DqtError(f"the memory of the architecture {config.model.arch!r} can't be foretold: try it")
     size = parse_size(budget) if budget else device_memory(device)
     needs = Needs(config, vocab_size).footprint(gpu=device != CPU)
 
@@ -162,12 +164,20 @@ def plan(config: Config, device: str = CPU, budget: str | None = None, vocab_siz
     )
 
 
+def foretold(config: Config) -> bool:
+    """Whether the sizes of a resolved config's model are known; some architectures have others."""
+    needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return all(getattr(config.model, name) is not None for name in needed)
+
+
 def refuse_what_does_not_fit(config: Config) -> None:
     """Raises `DqtError`, with settings that would fit, for a run that needs more than `train.memory_limit`.
 
     Without a limit it is what the system has available now.
     """
     limit = config.train.memory_limit
+    if not foretold(config):
+        return
     needed = plan(config, CPU, limit)
     if needed.needs.peak > needed.budget:
         there = f"train.memory_limit is {limit}" if limit else f"{format_bytes(needed.budget)} are free"
@@ -330,7 +340,12 @@ def _flags(config: Config) -> list[str]:
     """Flags that say which model, method and batch a config has."""
     quant = ["--bits", str(config.quant.bits)] if config.quant.bits else []
     return [
-        *("--preset", config.model.preset, "--method", str(config.quant.method), *quant),
+        *(
+            ("--from", start)
+            if (start := config.model.start_from)
+            else ("--preset", str(config.model.preset))
+        ),
+        *("--method", str(config.quant.method), *quant),
         *("--batch-size", str(config.train.batch_size), "--seq-len", str(config.train.seq_len)),
     ]
 

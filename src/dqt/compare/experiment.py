@@ -183,7 +183,8 @@ class Experiment:
         try:
             config = Config().override(values)
             resolved = resolve(config)
-            build_config(resolved.model.preset, resolved.model.arch, overrides=resolved.model.overrides)
+            model = resolved.model
+            build_config(required(model.preset), required(model.arch), overrides=model.overrides)
         except ConfigError as error:
             raise ConfigError(f"arm {arm.name!r}: {error}") from error
         steps = required(resolved.train.steps)

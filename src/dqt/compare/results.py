@@ -66,7 +66,9 @@ def _arm(result: ArmResult, by_name: Mapping[str, ArmResult], against: Mapping[s
     linear, total = memory.get(CATEGORIES[0]), memory.get("total")
     flips = [each.flip_rate for each in result.outcomes.values() if math.isfinite(each.flip_rate)]
     model, train = result.config.model, result.config.train
-    count = count_parameters(build_config(model.preset, model.arch, overrides=model.overrides))
+    count = count_parameters(
+        build_config(required(model.preset), required(model.arch), overrides=model.overrides)
+    )
     return {
         "arm": result.arm.name,
         "settings": dict(result.arm.settings),

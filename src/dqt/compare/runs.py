@@ -93,7 +93,7 @@ class Outcome:
 def place(config: Config, folder: Path, data_hash: str) -> Run:
     """The run of a resolved config, in a directory of its own below `folder`."""
     quant = config.quant
-    kind = "-".join(part for part in (config.model.preset, quant.bits, quant.method) if part)
+    kind = "-".join(part for part in (config.model.name, quant.bits, quant.method) if part)
     name = f"{kind}-lr{config.optim.lr:.3g}-seed{config.train.seed}-{fingerprint(config)[:10]}"
     return Run(config.override({"train.out": str((folder / name).absolute())}), data_hash)
 

@@ -138,7 +138,10 @@ def default_cache_dir() -> Path:
 
 
 def prepare_corpus(
-    spec: DataSpec, cache_dir: str | Path | None = None, progress: Progress | None = None
+    spec: DataSpec,
+    cache_dir: str | Path | None = None,
+    progress: Progress | None = None,
+    tokenizer: TextTokenizer | None = None,
 ) -> Corpus:
     """Reads, splits and tokenizes text, or opens the result of an earlier call.
 
@@ -146,6 +149,7 @@ def prepare_corpus(
         spec: what to read and how.
         cache_dir: where prepared corpora are kept; None takes `default_cache_dir()`.
         progress: called with a line of text at each step.
+        tokenizer: that of a model which was trained before; None takes what the spec says.
 
     Raises:
         DataError: text, tokenizer or cache that cannot be used.
@@ -155,7 +159,7 @@ def prepare_corpus(
     if left_out := source.description.get("binary_files_left_out"):
         names = ", ".join(map(repr, left_out[:5])) + (", ..." if len(left_out) > 5 else "")
         say(f"left out files that hold NUL bytes ({len(left_out)}): {names}")
-    given = load_tokenizer(spec.tokenizer) if spec.tokenizer else None
+    given = tokenizer or (load_tokenizer(spec.tokenizer) if spec.tokenizer else None)
     settings = {
         "format_version": FORMAT_VERSION,
         "text": source.sha256(),

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,14 @@ END_OF_TEXT = "<|endoftext|>"
 # encoded token takes some 200 bytes until its id is copied out (batches of 4 million characters took 290 MB).
 _BATCH_CHARS = 1 << 20
 
+SETTINGS = (
+    *("bos_token", "pad_token", "unk_token", "additional_special_tokens", "extra_special_tokens"),
+    *("model_max_length", "padding_side"),
+)
+"""Of a tokenizer from elsewhere, what is kept of its `tokenizer_config.json`; it can't name code to run."""
+
+CHAT_TEMPLATE = "chat_template.jinja"
+
 _MOST_BYTES = 128 << 20  # of tokenizer.json; 256,000 tokens take 35 MB
 
 
@@ -44,10 +52,14 @@ class TextTokenizer:
     Attributes:
         core: the `tokenizers` object.
         end_token: the token that follows every document.
+        settings: what its `tokenizer_config.json` says beside that; of it the keys in `SETTINGS` are saved.
+        chat_template: how it writes conversations, in Jinja; None if it says nothing.
     """
 
     core: Tokenizer
     end_token: str = END_OF_TEXT
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    chat_template: str | None = None
 
     @property
     def end_id(self) -> int:
@@ -86,15 +98,19 @@ class TextTokenizer:
         """Writes the two files from which `transformers.AutoTokenizer` loads the tokenizer."""
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "tokenizer.json").write_text(self.core.to_str(pretty=True), encoding="utf-8")
+        kept = {key: self.settings[key] for key in SETTINGS if self.settings.get(key) is not None}
         config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
+            "tokenizer_class": "PreTrainedTokenizerFast",  # reads tokenizer.json as it is
             "bos_token": self.end_token,
+            **kept,
             "eos_token": self.end_token,
             "clean_up_tokenization_spaces": False,  # "a ." must not decode to "a."
         }
         (directory / "tokenizer_config.json").write_text(
             json.dumps(config, indent=2) + "\n", encoding="utf-8"
         )
+        if self.chat_template is not None:
+            (directory / CHAT_TEMPLATE).write_text(self.chat_template, encoding="utf-8")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
@@ -141,7 +157,8 @@ def load_tokenizer(directory: str | Path) -> TextTokenizer:
         )
     try:
         core = Tokenizer.from_file(str(path))
-        definition = json.loads(core.to_str())
+        core.no_truncation()  # a file may say to cut texts
+        core.no_padding()
         config_path = path.with_name("tokenizer_config.json")
         config = load_json(config_path) if config_path.is_file() else {}
     except (KeyboardInterrupt, SystemExit):
@@ -151,16 +168,36 @@ def load_tokenizer(directory: str | Path) -> TextTokenizer:
     ids = core.get_vocab(with_added_tokens=True).values()
     if not ids or max(ids) > 2 * len(ids) + 1024:  # an embedding would have as many rows
         raise DataError(f"{path} is damaged: {len(ids)} tokens, and ids up to {max(ids, default=0)}")
-    if not _has_byte_level(definition.get("decoder")):
-        raise DataError(
-            f"{path} is not byte-level, so bits a byte cannot be told: use a byte-level BPE tokenizer"
-        )
+    require_byte_level(core, path)
     end_token = config.get("eos_token") or END_OF_TEXT
     if isinstance(end_token, dict):  # written so by older `transformers`
         end_token = end_token.get("content")
     if not isinstance(end_token, str) or core.token_to_id(end_token) is None:
         raise DataError(f"{path} has no token {end_token!r} to end a document: set eos_token beside it")
-    return TextTokenizer(core, end_token)
+    return TextTokenizer(core, end_token, config, _chat_template(path.parent, config))
+
+
+def require_byte_level(core: Tokenizer, where: Path) -> None:
+    """Raises DataError unless every token of a tokenizer stands for a known number of bytes."""
+    if not _has_byte_level(json.loads(core.to_str()).get("decoder")):
+        raise DataError(
+            f"{where}: its tokenizer is not byte-level, so bits a byte cannot be told: use a byte-level BPE"
+        )
+
+
+def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
+    """The template beside a tokenizer, or in its config: there, the one named "default" of several."""
+    path = directory / CHAT_TEMPLATE
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} can't be read: {error}") from error
+    found = config.get("chat_template")
+    if isinstance(found, list):
+        named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) else None
 
 
 def token_byte_lengths(tokenizer: TextTokenizer) -> np.ndarray:

@@ -89,7 +89,13 @@ def peek(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / STATE
     state = storage.load_json(path)
     storage.check_version(path, state)
-    state = {"val_loss": None, "good": True, "losses": [], **state}  # format 1 has none of these
+    state = {
+        "val_loss": None,
+        "good": True,
+        "losses": [],
+        "start": None,
+        **state,
+    }  # format 1 has none of these
     for key, fits in _STATE.items():
         if not fits(state.get(key)):
             raise ModelError(f"{path} is damaged: {key} can't be {str(state.get(key))[:40]!r}")
@@ -131,6 +137,7 @@ _STATE = {
     "val_loss": lambda value: value is None or _is_number(value),
     "good": lambda value: isinstance(value, bool),
     "losses": lambda value: isinstance(value, list) and all(map(_is_number, value)),
+    "start": lambda value: value is None or isinstance(value, dict),
 }
 """What a state must have, and of which kind."""
 

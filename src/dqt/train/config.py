@@ -23,13 +23,12 @@ import tomli_w
 
 from dqt.choices import PRODUCTS
 from dqt.errors import ConfigError, did_you_mean
-from dqt.models import PRESETS
 from dqt.recipes import Recipe, lr_rule, recipe_for
+from dqt.train.given import given
 from dqt.train.guard import SKIP
 from dqt.train.section import Section
 from dqt.train.sections import (
     SECTIONS,
-    TRAINING_DEFAULTS,
     DataConfig,
     ModelConfig,
     OptimConfig,
@@ -57,6 +56,16 @@ class Config:
         steps, warmup = self.train.steps, self.optim.warmup_steps
         if steps is not None and warmup is not None and warmup >= steps and self.quant.method != "paper":
             raise ConfigError(f"optim.warmup_steps = {warmup} leaves none of train.steps = {steps}: lower it")
+        if self.model.start_from is not None and self.quant.init_gain is not None:
+            raise ConfigError(
+                f"quant.init_gain = {self.quant.init_gain} is for new weights: leave it out, or "
+                "model.start_from"
+            )
+        if self.model.start_from is None and self.quant.calibrate:
+            raise ConfigError(
+                f"quant.calibrate = {self.quant.calibrate} is for trained weights: leave it out, or "
+                "set model.start_from"
+            )
         self.recipe()  # refuses what does not go together
         if self.train.gradient_release and self.optim.grad_clip:
             raise ConfigError(
@@ -150,17 +159,18 @@ class Config:
     def recipe(self) -> Recipe:
         """The recipe of the method and bit width, with everything that this config sets."""
         quant, optim = self.quant, self.optim
+        trained = self.model.start_from is not None
         own = {name: getattr(quant, name) for name in _QUANT_TO_RECIPE}
         own |= {name: getattr(optim, name) for name in _OPTIM_TO_RECIPE}
         own["optimizer"] = optim.name
-        given = {name: value for name, value in own.items() if value is not None}
+        asked = {name: value for name, value in own.items() if value is not None}
         products = {name: getattr(quant, name) for name in _PRODUCTS if getattr(quant, name) is not None}
         if products:
-            environment = {} if quant.environment is None else {"environment": quant.environment}
-            given["products"] = replace(
+            environment: dict[str, Any] = {"environment": quant.environment} if quant.environment else {}
+            asked["products"] = replace(
                 recipe_for(quant.method, quant.bits, **environment).products, **products
             )
-        return recipe_for(quant.method, quant.bits, **given)
+        return recipe_for(quant.method, quant.bits, trained=trained, **asked)
 
 
 _PRODUCTS = (*PRODUCTS, "compute_bits")
@@ -193,15 +203,11 @@ def resolve(config: Config) -> Config:
     Raises:
         ConfigError: Settings that do not go together.
     """
-    recipe, preset = config.recipe(), PRESETS[config.model.preset]
-    defaults = TRAINING_DEFAULTS[config.model.preset]
-    steps = config.train.steps or defaults.steps
-    model = _fill(
-        config.model, {each.name: getattr(preset, each.name, None) for each in fields(config.model)}
-    )
+    recipe, known = config.recipe(), given(config.model, config.data, config.train)
+    steps = config.train.steps or known.training.steps
     quant = {name: getattr(recipe, name) for name in ("method", "bits", *_QUANT_TO_RECIPE)}
     optim = {name: getattr(recipe, name) for name in _OPTIM_TO_RECIPE}
-    optim |= {"name": recipe.optimizer, "lr": recipe.lr or lr_rule(recipe, required(model.hidden_size))}
+    optim |= {"name": recipe.optimizer, "lr": recipe.lr or lr_rule(recipe, required(known.model.hidden_size))}
     if optim["warmup_steps"] is None:
         optim["warmup_steps"] = steps // 10
     if config.train.gradient_release:  # there is no global norm to clip
@@ -209,20 +215,20 @@ def resolve(config: Config) -> Config:
         optim |= {"grad_clip": 0.0, "clip_update": RELEASED_CLIP_UPDATE if clips else recipe.clip_update}
     train = {
         "steps": steps,
-        "seq_len": preset.seq_len,
-        "batch_size": defaults.batch_size,
-        "accumulation": 1 if config.train.gradient_release else defaults.accumulation,
+        "seq_len": known.seq_len,
+        "batch_size": known.training.batch_size,
+        "accumulation": 1 if config.train.gradient_release else known.training.accumulation,
         "eval_every": max(1, steps // 10),
         "checkpoint_every": max(1, min(1000, steps // 5)),
         "log_every": max(1, steps // 500),
-        "activation_checkpointing": defaults.activation_checkpointing,
+        "activation_checkpointing": known.training.activation_checkpointing,
         "threads": config.train.threads or _threads(),
     }
     data = replace(config.data, text=tuple(str(Path(path).absolute()) for path in config.data.text))
     return Config(
-        model=model,
+        model=known.model,
         quant=_fill(config.quant, quant | {name: getattr(recipe.products, name) for name in _PRODUCTS}),
-        data=_fill(data, {"vocab_size": preset.vocab_size}),
+        data=_fill(data, {"vocab_size": known.vocab_size}),
         optim=_fill(config.optim, optim),
         train=_fill(config.train, train),
     )

@@ -13,11 +13,13 @@ looking at every loss is that the processor waits for a GPU once a pass.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from dqt.build import autocast, build_optimizer
 from dqt.data.prepare import Corpus
@@ -28,13 +30,21 @@ from dqt.fused import fuse_
 from dqt.memory import MemoryTable, measure
 from dqt.models import build_config, build_with_recipe, count_parameters
 from dqt.optim import GradientRelease
+from dqt.quantize import QuantizeReport
+from dqt.start import find_start
+from dqt.train.adopt import adopt
 from dqt.train.checkpoint import restore
 from dqt.train.compiled import compile_layers, eager
 from dqt.train.config import Config, required
 from dqt.train.guard import IGNORE, LossWatch
 from dqt.train.losses import language_model_loss
+from dqt.train.metrics import finite
+from dqt.train.pretrained import float_config
 from dqt.train.resume import Found
 from dqt.train.schedule import lr_factor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Learner:
@@ -43,22 +53,24 @@ class Learner:
     Args:
         config: Resolved.
         corpus: The text.
+        fresh: Whether the model starts here; where a checkpoint is restored next, no weights need be loaded.
 
     Attributes:
         step: Updates done.
         samples: Sequences used up, those of skipped steps included: the place in the data.
         watch: The recent losses.
+        start: Of a model that was trained before: where it came from, its loss as floats and as converted.
     """
 
-    def __init__(self, config: Config, corpus: Corpus) -> None:
+    def __init__(self, config: Config, corpus: Corpus, fresh: bool = True) -> None:
         self.config, self.corpus = config, corpus
         train = config.train
         self.recipe = config.recipe()
         self.steps, self.batch_size = required(train.steps), required(train.batch_size)
         self.accumulation, self.seq_len = required(train.accumulation), required(train.seq_len)
-        self.model, self.quantized = build_with_recipe(
-            model_config(config, corpus), self.recipe, config.quant.rules_to_bits, train.seed
-        )
+        self.sampler = Sampler(len(corpus.train), self.seq_len, train.seed)
+        self.start: dict[str, Any] | None = None
+        self.model, self.quantized = self._adopt() if self._adopts(fresh) else self._build()
         if train.fused and self.recipe.fusible:
             fuse_(self.model)
         if train.activation_checkpointing:
@@ -72,13 +84,43 @@ class Learner:
         self.optimizer = build_optimizer(self.model, self.recipe, required(self.recipe.lr), train.seed)
         self.optimizer.check_state = True
         self.release = GradientRelease(self.optimizer) if train.gradient_release else None
-        self.sampler = Sampler(len(corpus.train), self.seq_len, train.seed)
         self.step = self.samples = 0
         self.elapsed = 0.0
         self.watch = LossWatch(train.spike_threshold)
         self.memory = MemoryTable(())
         self.parameters = count_parameters(self.model.config)
         self.evaluated: tuple[int, Evaluation] | None = None
+        if self.start:
+            self.start["converted_val_loss"] = finite(self.evaluate().loss)
+
+    def _build(self) -> tuple[PreTrainedModel, QuantizeReport]:
+        """A new model; or one like that which training started from, for a checkpoint's tensors."""
+        return build_with_recipe(
+            model_config(self.config, self.corpus),
+            self.recipe,
+            self.config.quant.rules_to_bits,
+            self.config.train.seed,
+        )
+
+    def _adopts(self, fresh: bool) -> bool:
+        return fresh and self.config.model.start_from is not None
+
+    def _adopt(self) -> tuple[PreTrainedModel, QuantizeReport]:
+        """The model that training starts from, converted."""
+        found = find_start(required(self.config.model.start_from))
+
+        def before(model: PreTrainedModel) -> None:
+            loss = self._measure(model).loss
+            self.start = {
+                "path": str(found.path),
+                "architecture": found.architecture,
+                "val_loss": finite(loss),
+            }
+
+        count, sequences = self.config.quant.calibrate, None
+        if count:
+            sequences = self.sampler.batch(self.corpus.train, 0, count)[:, :-1]
+        return adopt(found, self.recipe, self.config.quant.rules_to_bits, sequences, before)
 
     @property
     def samples_a_step(self) -> int:
@@ -101,6 +143,7 @@ class Learner:
         self.step, self.samples = found.state["step"], found.state["samples"]
         self.elapsed = found.state["elapsed"]
         self.watch = LossWatch(self.config.train.spike_threshold, found.state["losses"])
+        self.start = found.state["start"]
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors."""
@@ -112,6 +155,7 @@ class Learner:
             "good": self.watch.good,
             "data_hash": self.corpus.hash,
             "config": self.config.to_dict(),
+            "start": self.start,
         }
 
     def train_step(self, telemetry: bool) -> dict[str, Any]:
@@ -162,18 +206,25 @@ class Learner:
     def evaluate(self) -> Evaluation:
         """Loss on the fixed windows of the held-out text; not measured twice at one step."""
         if self.evaluated is None or self.evaluated[0] != self.step:
-            with eager(self.config.train.compile):
-                result = evaluate(
-                    self.model,
-                    self.corpus.val,
-                    self.seq_len,
-                    self.config.train.eval_windows,
-                    token_bytes=self.corpus.token_bytes,
-                    batch_size=self.batch_size,
-                    autocast=autocast(self.recipe, self.model.device.type),
-                )
-            self.evaluated = (self.step, result)
+            self.evaluated = (
+                self.step,
+                self._measure(self.model, autocast(self.recipe, self.model.device.type)),
+            )
         return self.evaluated[1]
+
+    def _measure(
+        self, model: nn.Module, context: contextlib.AbstractContextManager[Any] | None = None
+    ) -> Evaluation:
+        with eager(self.config.train.compile):
+            return evaluate(
+                model,
+                self.corpus.val,
+                self.seq_len,
+                self.config.train.eval_windows,
+                token_bytes=self.corpus.token_bytes,
+                batch_size=self.batch_size,
+                autocast=context,
+            )
 
     # -- the parts of a step ---------------------------------------------------------------------------------
 
@@ -237,11 +288,13 @@ class Learner:
 
 
 def model_config(config: Config, corpus: Corpus) -> Any:
-    """The `transformers` config: the preset and its overrides, for the corpus's vocabulary."""
+    """The `transformers` config: the preset and its overrides, or that of `model.start_from`."""
+    if config.model.start_from is not None:
+        return float_config(find_start(config.model.start_from))
     tokens = {"bos_token_id": corpus.end_id, "eos_token_id": corpus.end_id}
     return build_config(
-        config.model.preset,
-        config.model.arch,
+        required(config.model.preset),
+        required(config.model.arch),
         corpus.vocab_size,
         config.train.seq_len,
         {**config.model.overrides, **tokens},

@@ -17,14 +17,16 @@ from dqt.errors import ConfigError
 from dqt.memory import explain_out_of_memory
 from dqt.models import build_config
 from dqt.ops.bf16_guard import ensure_bf16_products
-from dqt.plan import advice, plan, refuse_what_does_not_fit
+from dqt.plan import advice, foretold, plan, refuse_what_does_not_fit
 from dqt.sizes import format_bytes
+from dqt.start import find_start
 from dqt.train import resume as resuming
 from dqt.train import storage
 from dqt.train.checkpoint import sweep
 from dqt.train.compiled import require_compiler
 from dqt.train.config import Config, required, resolve
 from dqt.train.metrics import Console
+from dqt.train.pretrained import load_own_tokenizer
 from dqt.train.rundir import RunDirectory, default_directory
 from dqt.train.signals import StopRequest
 from dqt.train.trainer import Trainer, TrainResult
@@ -63,8 +65,10 @@ def train(
     directory = _choose_directory(config, resume)
     directory.require_usable(_goes_on_in(directory, resume), overwrite)
     config = config.override({"train.out": str(directory.path)})
-    # Refuses sizes that make no model before any text is read.
-    build_config(config.model.preset, config.model.arch, overrides=config.model.overrides)
+    if config.model.start_from is None:  # refuses sizes that make no model before any text is read
+        build_config(
+            required(config.model.preset), required(config.model.arch), overrides=config.model.overrides
+        )
     refuse_what_does_not_fit(config)
     if config.recipe().autocasts:
         ensure_bf16_products()
@@ -89,7 +93,10 @@ def _train(
     if config.train.give_back_memory:
         give_back_at_once()
     torch.set_num_threads(config.train.threads or torch.get_num_threads())
-    corpus = prepare_corpus(config.data.spec(), cache_dir, console.say)
+    tokenizer = None
+    if config.model.start_from is not None:
+        tokenizer = load_own_tokenizer(find_start(config.model.start_from))
+    corpus = prepare_corpus(config.data.spec(), cache_dir, console.say, tokenizer)
     corpus.require_length(required(config.train.seq_len))
     if found:
         for change in resuming.require_same_run(found, config, corpus.hash):
@@ -99,7 +106,7 @@ def _train(
                 f"{found.path} has all of train.steps = {config.train.steps}: ask for more --steps to go on"
             )
     with explain_out_of_memory(lambda: _needs(config, corpus)):
-        trainer = Trainer(config, corpus, directory, console)
+        trainer = Trainer(config, corpus, directory, console, fresh=found is None)
         if found:
             trainer.restore(found)
             console.say(f"resumed from {found.path} at step {trainer.step}")
@@ -124,5 +131,7 @@ def _goes_on_in(directory: RunDirectory, resume: str | None) -> bool:
 
 def _needs(config: Config, corpus: Corpus) -> str:
     """What a run that has run out of memory needs, and what lowers it."""
+    if not foretold(config):
+        return "this run needs more than there is; lower train.batch_size or train.seq_len"
     needed = plan(config, vocab_size=corpus.vocab_size)
     return f"this run needs about {format_bytes(needed.needs.peak)}; {advice(needed)}"

@@ -190,7 +190,9 @@ def _lock(path: Path) -> int:
 
 def run_name(config: Config) -> str:
     """A short name for what a resolved config trains: "tiny-ternary-residual"."""
-    parts = [config.model.preset, *([config.model.arch] if config.model.arch != "llama" else [])]
+    model = config.model
+    other = model.arch if model.start_from is None and model.arch != "llama" else None
+    parts = [model.name, *([other] if other else [])]
     parts += [config.quant.bits] if config.quant.bits else []
     return "-".join([*parts, str(config.quant.method)])
 

@@ -31,11 +31,11 @@ from torch import nn
 from dqt.baselines import bitnet_
 from dqt.build import autocast
 from dqt.choices import Products
-from dqt.data.tokenizer import TextTokenizer, load_tokenizer
+from dqt.data.tokenizer import CHAT_TEMPLATE, TextTokenizer, load_tokenizer
 from dqt.errors import ConfigError, DqtError, ModelError
 from dqt.fused import fuse_, is_fused
 from dqt.hf import METHOD, DqtConfig, remember
-from dqt.models import ARCHITECTURES, Initializer, empty_model
+from dqt.models import Initializer, empty_model
 from dqt.nn import set_quantized_weight
 from dqt.numerics.formats import parse_bits
 from dqt.ops.bf16_guard import ensure_bf16_products
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MODEL, INFO = "model.safetensors", "dqt.json"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", CHAT_TEMPLATE)
 
 
 def save_model(
@@ -232,13 +232,14 @@ def _rebuild(path: Path, info: Mapping[str, Any]) -> PreTrainedModel:
 
 
 def _empty(path: Path, tensors: int) -> PreTrainedModel:
-    """The model of a config.json, on the meta device; only of the classes that `save_model` is given."""
+    """The model of a config.json, on the meta device; only of `transformers`' own causal language models."""
     from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config = storage.load_json(path)
     kind, layers = config.get("model_type"), config.get("num_hidden_layers")
-    if kind not in ARCHITECTURES or "auto_map" in config:
-        raise ModelError(f"{path} makes no model that dqt knows: model_type {kind!r} is not {ARCHITECTURES}")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "auto_map" in config:
+        raise ModelError(f"{path} makes no model that dqt knows: transformers has no causal {kind!r}")
     if type(layers) is not int or not 0 <= layers <= tensors:
         raise ModelError(f"{path} does not fit the model: {layers!r} layers, and {tensors} tensors")
     try:

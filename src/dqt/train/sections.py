@@ -7,6 +7,7 @@ then; see `dqt.train.config.resolve`. What can only be told from several section
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 from dqt.data.spec import DataSpec
@@ -50,12 +51,19 @@ TRAINING_DEFAULTS = {
 
 @dataclass(frozen=True)
 class ModelConfig(Section):
-    """The network. Fields after `arch` override the preset, under the names of `transformers`."""
+    """The network. Fields after `arch` override the preset, under the names of `transformers`.
+
+    Attributes:
+        start_from: A trained model to go on from, see `dqt.start`; all other fields are then its own.
+        preset: A key of `PRESETS`.
+        arch: One of `ARCHITECTURES`, or that of the model in `start_from`.
+    """
 
     section: ClassVar[str] = "model"
 
-    preset: str = "tiny"
-    arch: str = "llama"
+    start_from: str | None = None
+    preset: str | None = None
+    arch: str | None = None
     hidden_size: int | None = None
     intermediate_size: int | None = None
     num_hidden_layers: int | None = None
@@ -67,13 +75,23 @@ class ModelConfig(Section):
     initializer_range: float | None = None
 
     def _validate(self) -> None:
-        self._one_of("preset", PRESETS)
-        self._one_of("arch", ARCHITECTURES)
+        if self.start_from is None:
+            self._one_of("preset", PRESETS)
+            self._one_of("arch", ARCHITECTURES)
+        elif self.preset is not None:
+            raise ConfigError(
+                f"model.start_from and model.preset = {self.preset!r} both say which model: give one of them"
+            )
+
+    @property
+    def name(self) -> str:
+        """What a person calls the model: the preset's name, or that of the file it starts from."""
+        return Path(self.start_from).stem if self.start_from is not None else str(self.preset)
 
     @property
     def overrides(self) -> dict[str, Any]:
         """The fields that are set beside the preset, as `dqt.models.build_config` takes them."""
-        given = {each.name: getattr(self, each.name) for each in fields(self)[2:]}
+        given = {each.name: getattr(self, each.name) for each in fields(self)[3:]}
         return {name: value for name, value in given.items() if value is not None}
 
 
@@ -92,6 +110,7 @@ class QuantConfig(Section):
         headroom: Factor on the rule's grid step.
         per_row: One scale a row.
         frozen_scale: Keep the grid step of the start; `paper` recomputes it at every step.
+        calibrate: Sequences of the text on which the first codes of a trained model are chosen; 0 for none.
         residual_bits: Remainder bits a weight; 0 is strict, 32 a float.
         hysteresis: In grid steps.
         rounding: Of the write-back, one of `dqt.numerics.rounding.ROUNDINGS`.
@@ -112,6 +131,7 @@ class QuantConfig(Section):
     headroom: float | None = None
     per_row: bool | None = None
     frozen_scale: bool | None = None
+    calibrate: int = 0
     residual_bits: int | None = None
     hysteresis: float | None = None
     rounding: str | None = None
@@ -123,6 +143,7 @@ class QuantConfig(Section):
     compute_bits: str | None = None
 
     def _validate(self) -> None:
+        self._at_least(0, "calibrate")
         if self.bits is not None:
             object.__setattr__(self, "bits", parse_bits(self.bits).name)
         if self.embeddings != LEAVE_FLOAT:

@@ -72,10 +72,13 @@ class Trainer(Learner):
         corpus: The text.
         directory: Where results go; nothing is written before `run`.
         console: Where to show progress.
+        fresh: See `Learner`.
     """
 
-    def __init__(self, config: Config, corpus: Corpus, directory: RunDirectory, console: Console) -> None:
-        super().__init__(config, corpus)
+    def __init__(
+        self, config: Config, corpus: Corpus, directory: RunDirectory, console: Console, fresh: bool = True
+    ) -> None:
+        super().__init__(config, corpus, fresh)
         self.directory, self.console = directory, console
         self._seconds_a_step = 0.0
         self._loss = math.nan
@@ -130,8 +133,22 @@ class Trainer(Learner):
         storage.write_text(self.directory.config, self.config.to_toml())
         self.directory.write_record(RUNNING, self._facts())
         self.console.say(self._headline())
+        if self.start and not self.step:
+            self._say_start()
         if not self.step and ROLLBACK in (train.on_nonfinite, train.on_spike):
             self._write(self.save_checkpoint)  # something to go back to
+
+    def _say_start(self) -> None:
+        """What conversion cost, said and kept."""
+        assert self.start is not None
+        now = self.evaluate()
+        self.console.say(
+            f"{self.start['path']}: validation loss {_loss_text(self.start['val_loss'])} nats a token as "
+            f"floats, {now.loss:.4f} as converted"
+        )
+        with MetricsLog(self.directory.metrics) as metrics:
+            line = {"step": 0, "val_loss": now.loss, "val_bpb": now.bits_per_byte}
+            self._write(lambda: metrics.write(line))
 
     def _advance(self, metrics: MetricsLog) -> None:
         """One step and what is due after it."""
@@ -292,6 +309,7 @@ class Trainer(Learner):
             "seed": self.config.train.seed,
             "unigram_nats": self.corpus.unigram_nats,
             "data": {"source": self.corpus.manifest.get("source"), "hash": self.corpus.hash},
+            **({"start": self.start} if self.start else {}),
         }
 
     def _headline(self) -> str:
@@ -303,3 +321,7 @@ class Trainer(Learner):
             f"{facts['title']}: {facts['parameters'] / 1e6:.2f}M parameters, {stored}; "
             f"{self.steps} steps of {self.tokens_a_step:,} tokens; writing to {self.directory.path}"
         )
+
+
+def _loss_text(loss: float | None) -> str:
+    return "no finite" if loss is None else f"{loss:.4f}"

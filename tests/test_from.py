@@ -1,0 +1,340 @@
+"""`dqt train --from`: a model that was trained before goes on in low-bit weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from dqt.cli import main
+from dqt.data.tokenizer import train_tokenizer
+from dqt.errors import ConfigError, DataError, DqtError, ModelError
+from dqt.models import build_config, build_model
+from dqt.plan import plan
+from dqt.start import find_start
+from dqt.tensor import QuantizedTensor
+from dqt.train.config import Config
+from dqt.train.loop import TrainResult, train
+from dqt.train.pretrained import load_float, load_own_tokenizer
+from dqt.train.savedmodel import load_model
+from train_helpers import STDLIB, assert_same_tensors, metrics_of, without_times
+
+VOCABULARY = 300
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+def write_directory(path: Path, **changes: Any) -> Path:
+    """A transformers directory of a model with outliers, like those of trained ones, and its tokenizer."""
+    tokenizer = train_tokenizer([(STDLIB / "decoder.py").read_text(encoding="utf-8")], VOCABULARY)
+    tokenizer.save(path)
+    (path / "chat_template.jinja").write_text(TEMPLATE)
+    model = build_model(build_config("micro", "llama", VOCABULARY, 64, SIZES), seed=3, init_gain=1.0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "proj" in name:
+                parameter[::7, 3] *= 8
+            elif "embed" in name:
+                parameter *= 10
+    model.save_pretrained(path)
+    if changes:
+        config = json.loads((path / "config.json").read_text()) | changes
+        (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_directory(tmp_path_factory.mktemp("from") / "trained")
+
+
+def run(start: Path, out: Path, resume: str | None = None, **values: Any) -> TrainResult:
+    """A run of some steps."""
+    settings = {
+        "model.start_from": str(start),
+        "data.text": [str(STDLIB / "encoder.py"), str(STDLIB / "scanner.py")],
+        "train.steps": 4,
+        "train.seq_len": 16,
+        "train.batch_size": 2,
+        "train.eval_windows": 4,
+        "train.checkpoint_every": 2,
+        "train.sample_tokens": 3,
+        "train.threads": 1,
+        "train.out": str(out),
+        **{key.replace("__", "."): value for key, value in values.items()},
+    }
+    return train(Config().override(settings), resume=resume, cache_dir=out.parent / "cache")
+
+
+# -- what it can start from ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bits", "method", "within"),
+    [
+        ("8", "strict", 0.02),
+        ("4", "residual", 0.5),
+        ("ternary", "residual", 3.0),
+        (None, "fp32", 0.0),
+        (None, "bitnet", 3.0),
+    ],
+)
+def test_it_learns_from_the_first_model_and_says_what_conversion_cost(
+    directory: Path, tmp_path: Path, bits: str | None, method: str, within: float
+) -> None:
+    result = run(
+        directory, tmp_path / "run", quant__bits=bits, quant__method=method, optim__lr=2e-3, train__steps=12
+    )
+    start = result.summary["start"]
+    assert start["path"] == str(directory)
+    assert abs(start["converted_val_loss"] - start["val_loss"]) <= within
+    assert result.evaluation.loss < start["converted_val_loss"] - 0.02
+    first = metrics_of(result.directory.path)[0]
+    assert (first["step"], first["val_loss"]) == (0, start["converted_val_loss"])
+
+
+def test_the_first_loss_is_that_of_the_model(directory: Path, tmp_path: Path) -> None:
+    result = run(directory, tmp_path / "run", quant__method="fp32")
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+    tokenizer = load_own_tokenizer(find_start(directory))
+    from dqt.data.prepare import prepare_corpus
+    from dqt.evaluate import evaluate
+
+    config = Config.from_toml(result.directory.config)
+    corpus = prepare_corpus(config.data.spec(), tmp_path / "cache", tokenizer=tokenizer)
+    expected = evaluate(model, corpus.val, 16, 4, token_bytes=corpus.token_bytes)
+    assert result.summary["start"]["val_loss"] == pytest.approx(expected.loss, abs=1e-6)
+
+
+def test_what_it_writes_is_whole(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    run(directory, out, quant__bits="8")
+    model, tokenizer, _ = load_model(out)
+    assert (tokenizer.sha256, tokenizer.chat_template) == (
+        load_own_tokenizer(find_start(directory)).sha256,
+        TEMPLATE,
+    )
+    assert model.config.max_position_embeddings == 64
+    assert model.config.num_key_value_heads == 2
+    for command in ("sample", "eval", "inspect"):
+        assert main([command, str(out)]) == 0
+    assert main(["inspect", str(out / "checkpoints" / "step-000004")]) == 0
+    assert main(["export", str(out), "--to", "hf"]) == 0
+    again = run(out / "export" / "hf", tmp_path / "again", quant__bits="8")
+    assert again.summary["start"]["architecture"] == "llama"
+    capsys.readouterr()
+
+
+def test_a_run_goes_on_with_its_own_codes(directory: Path, tmp_path: Path) -> None:
+    run(directory, tmp_path / "first", quant__bits="4")
+    kept = run(tmp_path / "first", tmp_path / "same", quant__bits="4", optim__lr=1e-12, train__steps=1)
+    other = run(tmp_path / "first", tmp_path / "other", quant__bits="8", optim__lr=1e-12, train__steps=1)
+    assert kept.directory.path != other.directory.path
+    first = load_file(tmp_path / "first" / "model" / "model.safetensors")
+    same = load_file(tmp_path / "same" / "model" / "model.safetensors")
+    codes = [name for name in first if name.endswith((".codes", ".scale"))]
+    assert len(codes) == 28
+    assert all(torch.equal(first[name], same[name]) for name in codes)
+    assert other.summary["start"]["converted_val_loss"] == pytest.approx(
+        kept.summary["start"]["converted_val_loss"], abs=0.02
+    )
+
+
+def test_resume_gives_the_same_bits(directory: Path, tmp_path: Path) -> None:
+    whole = run(directory, tmp_path / "whole", quant__bits="4", train__steps=6)
+    run(directory, tmp_path / "parts", quant__bits="4", train__steps=6)
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-000006")
+    parts = run(directory, tmp_path / "parts", resume="auto", quant__bits="4", train__steps=6)
+    name = "model/model.safetensors"
+    assert_same_tensors(whole.directory.path / name, parts.directory.path / name)
+    lines = [without_times(metrics_of(result.directory.path)) for result in (whole, parts)]
+    assert lines[0] == lines[1]
+    assert parts.summary["start"] == whole.summary["start"]
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "mistral"])
+def test_other_architectures(directory: Path, tmp_path: Path, kind: str) -> None:
+    shutil.copytree(directory, tmp_path / kind)
+    config = transformers.AutoConfig.for_model(kind, vocab_size=VOCABULARY, num_hidden_layers=1, **SIZES)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / kind)
+    result = run(tmp_path / kind, tmp_path / "run", quant__bits="8")
+    model, _, _ = load_model(result.directory.path)
+    assert model.config.model_type == kind
+    assert sum(isinstance(p, QuantizedTensor) for p in model.parameters()) == 7
+
+
+def test_codes_chosen_on_the_text_are_nearer(directory: Path, tmp_path: Path) -> None:
+    losses = {
+        count: run(directory, tmp_path / str(count), quant__bits="4", quant__calibrate=count).summary["start"]
+        for count in (0, 8)
+    }
+    assert losses[0]["val_loss"] == losses[8]["val_loss"]
+    gaps = {n: abs(each["converted_val_loss"] - each["val_loss"]) for n, each in losses.items()}
+    assert gaps[8] < gaps[0]
+
+
+def test_the_plan_knows_the_sizes(directory: Path) -> None:
+    found = plan(Config().override({"model.start_from": str(directory), "quant.bits": "8"}))
+    assert found.config.model.hidden_size == 32
+    assert f"--from {directory}" in found.command()
+
+
+# -- GGUF ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gguf(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model as llama.cpp's format, written by our export."""
+    pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    folder = tmp_path_factory.mktemp("gguf")
+    run(directory, folder / "run", quant__method="fp32", optim__lr=1e-12, train__steps=1)
+    assert main(["export", str(folder / "run"), "--to", "gguf", "--out", str(folder / "out")]) == 0
+    (path,) = (folder / "out").glob("*.gguf")
+    return path
+
+
+def test_gguf_is_the_same_model(directory: Path, gguf: Path) -> None:
+    start = find_start(gguf.parent)  # the only one in there
+    assert (start.path, start.architecture, start.vocab_size) == (gguf, "llama", VOCABULARY)
+    ours, theirs = load_float(find_start(directory)), load_float(start)
+    for (name, weight), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(weight, other, rtol=2e-3, atol=1e-4, msg=name)
+    text = "for  x in 1234:\n   pass  # ünï\n"
+    first, second = load_own_tokenizer(find_start(directory)), load_own_tokenizer(start)
+    assert first.core.encode(text).ids == second.core.encode(text).ids
+    assert (first.end_token, second.chat_template) == (second.end_token, TEMPLATE)
+
+
+def test_train_from_gguf(gguf: Path, tmp_path: Path) -> None:
+    result = run(gguf, tmp_path / "run", quant__bits="8")
+    assert result.summary["start"]["converted_val_loss"] == pytest.approx(
+        result.summary["start"]["val_loss"], abs=0.02
+    )
+
+
+# -- what it refuses -----------------------------------------------------------------------------------------
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def set_config(**changes: Any) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        config = json.loads((path / "config.json").read_text()) | changes
+        (path / "config.json").write_text(json.dumps(config))
+
+    return change
+
+
+def set_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        tensors = load_file(path / "model.safetensors")
+        change(tensors)
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+    return write
+
+
+NORM = "model.norm.weight"
+BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no tokenizer": (lambda path: (path / "tokenizer.json").unlink(), "tokenizer.json does not exist"),
+    "no weights": (lambda path: (path / "model.safetensors").unlink(), "can't be loaded"),
+    "half a file": (lambda path: cut(path / "model.safetensors"), "can't be loaded"),
+    "a tensor missing": (set_tensors(lambda t: t.pop(NORM)), f"does not fit its config: missing {NORM}"),
+    "another shape": (set_tensors(lambda t: t.update({NORM: torch.ones(31)})), "can't be loaded|mismatched"),
+    "NaN": (set_tensors(lambda t: t[NORM].fill_(torch.nan)), f"NaN or Inf in {NORM}"),
+    "code of its own": (set_config(auto_map={"AutoModel": "x.Y"}), "which dqt never runs"),
+    "packed": (set_config(quantization_config={"quant_method": "gptq"}), "packed by 'gptq'"),
+    "an encoder": (set_config(architectures=["BertModel"], model_type="bert"), "not a causal language model"),
+    "no such model": (set_config(model_type="nonsense"), "makes no model"),
+    "a small vocabulary": (set_config(vocab_size=299), "300 tokens, its model 299"),
+    "damaged config": (lambda path: (path / "config.json").write_text("{"), "is damaged"),
+    "an adapter": (
+        lambda path: [(path / "config.json").unlink(), (path / "adapter_config.json").write_text("{}")],
+        "peft adapter",
+    ),
+    "logits that are scaled": (
+        set_config(model_type="cohere", architectures=["CohereForCausalLM"]),
+        "changes its logits|does not fit",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_is_broken_is_named(directory: Path, tmp_path: Path, case: str) -> None:
+    shutil.copytree(directory, tmp_path / "model")
+    break_it, message = BROKEN[case]
+    break_it(tmp_path / "model")
+    with pytest.raises(DqtError, match=message) as caught:
+        run(tmp_path / "model", tmp_path / "run", quant__bits="8")
+    assert str(caught.value).count("\n") <= 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.95])
+def test_a_damaged_gguf_is_refused(gguf: Path, tmp_path: Path, share: float) -> None:
+    raw = gguf.read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(raw[: int(len(raw) * share)])
+    with pytest.raises((ModelError, DataError), match=r"cut\.gguf"):
+        run(tmp_path / "cut.gguf", tmp_path / "run", quant__bits="8")
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_are_no_linear_layers(directory: Path, tmp_path: Path) -> None:
+    shutil.copytree(directory, tmp_path / "gpt2")
+    config = transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(ModelError, match=r"gpt2 has no weights .*Conv1D"):
+        run(tmp_path / "gpt2", tmp_path / "run", quant__bits="8")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model__preset": "micro"}, "both say which model"),
+        ({"model__arch": "bitnet"}, "model.arch = bitnet, and the model in .* has llama"),
+        ({"model__hidden_size": 64}, "hidden_size = 64, and the model in .* has 32"),
+        ({"model__rope_theta": 5.0}, "rope_theta = 5.0, and the model in .* says that itself"),
+        ({"data__vocab_size": 512}, "vocab_size = 512, and the model in .* has 300"),
+        ({"data__tokenizer": "."}, "data.tokenizer is for new models"),
+        ({"quant__init_gain": 1.0}, "init_gain = 1.0 is for new weights"),
+        ({"train__seq_len": 65}, "knows 64 positions"),
+        ({"quant__calibrate": -1}, "quant.calibrate = -1 makes no sense"),
+    ],
+)
+def test_contradictions(directory: Path, tmp_path: Path, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(directory, tmp_path / "run", **values)
+
+
+def test_resume_with_another_model(directory: Path, tmp_path: Path) -> None:
+    run(directory, tmp_path / "run", quant__bits="8")
+    shutil.copytree(directory, tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"another run \(model.start_from"):
+        run(tmp_path / "other", tmp_path / "run", resume="auto", quant__bits="8", train__steps=9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--from", "x", "--preset", "tiny"], "--from brings a model, and --preset describes a new one"),
+        (["--from", "x", "--arch", "llama"], "--from brings a model, and --arch describes a new one"),
+        (["--from", "no/such"], "there is no such file or directory"),
+        (["--from", str(STDLIB)], "holds no model"),
+        (["--from", str(STDLIB / "decoder.py")], "is no GGUF file"),
+    ],
+)
+def test_slips_on_the_command_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *arguments]) == 2
+    assert message in capsys.readouterr().err
