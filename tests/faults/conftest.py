@@ -20,6 +20,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from nursery import Nursery
+from strangers import one_of_each
 
 from dqt.errors import DqtError
 
@@ -63,3 +64,9 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
     """Starts `dqt` processes by a fork, without the seconds that imports take."""
     with Nursery(tmp_path_factory.mktemp("nursery")) as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with one of each that a loader is given; not to be changed."""
+    return one_of_each(tmp_path_factory.mktemp("whole") / "x")

@@ -1,48 +1,33 @@
-"""Rows 11, 12 and 15: files of strangers run nothing, lead nowhere, take no more memory than they may."""
+"""Rows 11 and 12: files of strangers run nothing, lead nowhere, take no more memory than they may."""
 
 from __future__ import annotations
 
 import ast
 import json
 import pickle
-import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import small
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from malformed_files import CONFIGS, INFOS, JSONS, SAFETENSORS, SPLITS, STATES, TOMLS
 from nursery import Nursery, named
+from strangers import MODEL, limit_memory, load_checkpoint, without_manifest
 
 import dqt
-from dqt.data import shards
 from dqt.data.prepare import Corpus
-from dqt.data.shards import BLOCK, open_shard, token_dtype, write_shard
 from dqt.data.tokenizer import load_tokenizer, train_tokenizer
-from dqt.errors import DataError, DqtError
+from dqt.errors import DqtError
 from dqt.inspection import inspect_path
 from dqt.report import read_run
 from dqt.train import savedmodel, storage
-from dqt.train.checkpoint import read_state, restore
 from dqt.train.config import Config
 from dqt.train.rundir import RunDirectory
 from dqt.train.savedmodel import load_model
-from train_helpers import run_micro
-
-OLD_FORMAT = Path(__file__).parent / "format-1"
-CHECKPOINT, MODEL = OLD_FORMAT / "step-000004", OLD_FORMAT / "model"
-
-
-def load_checkpoint(path: Path) -> None:
-    model, optimizer = small.model_and_optimizer()
-    restore(path, read_state(path), model, optimizer)
-
 
 # What opens files from elsewhere, and the directory that it is given.
 LOADERS: list[tuple[Callable[[Path], Any], str]] = [
@@ -55,27 +40,6 @@ LOADERS: list[tuple[Callable[[Path], Any], str]] = [
     (lambda path: RunDirectory(path).read_record(), "run"),
     (lambda path: read_run(path), "run"),
 ]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with one of each that a loader is given."""
-    base = tmp_path_factory.mktemp("whole") / "x"
-    result = run_micro(base, train__steps=1)
-    corpus = next((base.parent / "dqt-cache" / "corpora").iterdir())
-    for source, name in ((CHECKPOINT, "step-000004"), (MODEL, "model"), (corpus, "corpus")):
-        shutil.copytree(source, base / "all" / name)
-    shutil.copytree(result.directory.path, base / "all" / "run")
-    return base / "all"
-
-
-def without_manifest(directory: Path) -> None:
-    """Signs a directory anew, as a stranger would."""
-    if (directory / storage.MANIFEST).is_file() and "files" in storage.load_json(
-        directory / storage.MANIFEST
-    ):
-        (directory / storage.MANIFEST).unlink()
-        storage._write_manifest(directory)
 
 
 # -- row 11 --------------------------------------------------------------------------------------------------
@@ -250,19 +214,13 @@ def malformed(whole: Path, scratch: Path) -> Iterator[tuple[str, Callable[[Path]
     yield "a link out of the corpus", lambda path: Corpus.open(path), directory
 
 
-ROOM = 512 << 20
-"""Bytes beyond what the process has that loading a malformed file may take; none of them has 25 MB."""
-
-
 def load_all(whole: str, scratch: str, without: str) -> None:
     """Runs in a process of its own, with a limit on its memory; prints what was not refused as it should."""
     patch = pytest.MonkeyPatch()
     if without:
         globals()[without](patch)
     Path(scratch).mkdir()
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + ROOM
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    limit_memory()
     count = 0
     for name, load, directory in malformed(Path(whole), Path(scratch)):
         count += 1
@@ -346,74 +304,6 @@ def test_random_bytes_in_every_file(whole: Path, tmp_path: Path) -> None:
         if isinstance(error, AssertionError):
             raise
         pytest.fail(repr(error))
-
-
-# -- row 15 --------------------------------------------------------------------------------------------------
-
-
-def hashing_each_block(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(shards, "_matches", lambda block, sums, number: True)
-
-
-@pytest.mark.row(15, hashing_each_block)
-def test_a_shard_that_changes_under_a_run(tmp_path: Path) -> None:
-    count = 3 * BLOCK
-    entry = write_shard(tmp_path / "t.bin", [np.arange(count) % 300], token_dtype(300))
-    opened = open_shard(tmp_path, entry, 300, verify=False)
-    assert opened.read(count - 5, 5).tolist() == [(count - 5 + i) % 300 for i in range(5)]
-    raw = bytearray((tmp_path / "t.bin").read_bytes())
-    raw[2 * BLOCK + 100] ^= 1  # in place, as a disk does it
-    (tmp_path / "t.bin").write_bytes(raw)
-    assert opened.read(0, 100).tolist() == list(range(100))
-    with pytest.raises(DataError, match=rf"t.bin was altered between bytes {2 * BLOCK} and {3 * BLOCK}"):
-        opened.read(BLOCK, 20)
-    with pytest.raises(DataError, match=r"t.bin was altered between"):
-        open_shard(tmp_path, entry, 300)
-
-
-@pytest.mark.row(15, hashing_each_block)
-def test_a_shard_that_shrinks_or_goes(tmp_path: Path) -> None:
-    tokens = np.arange(3 * BLOCK) % 300
-    entry = write_shard(tmp_path / "t.bin", [tokens], token_dtype(300))
-    opened = open_shard(tmp_path, entry, 300)
-    (tmp_path / "t.bin").unlink()
-    assert opened.read(7, 5).tolist() == tokens[7:12].tolist()  # the open file is still there
-    with pytest.raises(DataError, match=r"t.bin is missing"):
-        open_shard(tmp_path, entry, 300)
-    entry = write_shard(tmp_path / "t.bin", [tokens], token_dtype(300))
-    opened = open_shard(tmp_path, entry, 300)
-    with (tmp_path / "t.bin").open("r+b") as file:
-        file.truncate(BLOCK)
-    with pytest.raises(DataError, match=r"altered between bytes"):
-        opened.read(2 * BLOCK, 5)
-    with (tmp_path / "t.bin").open("r+b") as file:
-        file.truncate(3 * BLOCK * 2)  # as long as before, and empty behind
-    with pytest.raises(DataError, match=r"altered between bytes"):
-        opened.read(2 * BLOCK, 5)
-
-
-@pytest.mark.row(15, hashing_each_block)
-def test_the_step_is_not_half_applied(tmp_path: Path) -> None:
-    from test_numbers import a_learner, everything
-
-    subject = a_learner(tmp_path, train__accumulation=2)
-    directory = Path(shutil.copytree(subject.corpus.directory, tmp_path / "corpus"))
-    corpus = Corpus.open(directory)
-    object.__setattr__(subject, "corpus", corpus)
-    subject.train_step(telemetry=False)
-    before = everything(subject)
-    second = subject.sampler.window(subject.samples + 2)  # of the second micro-batch
-    raw = bytearray((directory / "train.bin").read_bytes())
-    raw[2 * second] ^= 1
-    (directory / "train.bin").write_bytes(raw)
-    first = subject.sampler.window(subject.samples)
-    if first * 2 // BLOCK == second * 2 // BLOCK:
-        assert subject.samples == 4  # both read the block, and the first one finds it
-    with pytest.raises(DataError, match=r"train.bin was altered between bytes \d+ and \d+"):
-        subject.train_step(telemetry=False)
-    after = everything(subject)
-    assert all(torch.equal(after[name], before[name]) for name in before)
-    assert all(parameter.grad is None for parameter in subject.model.parameters())
 
 
 def test_a_tokenizer_survives_its_own_file(tmp_path: Path) -> None:

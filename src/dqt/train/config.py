@@ -117,8 +117,8 @@ class Config:
             ConfigError: It can't be read, is no TOML, or see `from_dict`.
         """
         try:
-            if Path(path).stat().st_size > _MOST_BYTES:
-                raise ConfigError(f"the config {path} is larger than any config can be")
+            if (size := Path(path).stat().st_size) > _MOST_BYTES:
+                raise ConfigError(f"the config {path} has {size} bytes, more than any config can have")
             content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"the config {path} can't be read: {error.strerror}") from error
