@@ -6,7 +6,7 @@ import json
 import random
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +147,64 @@ def test_every_optimizer_and_state(tmp_path: Path) -> None:
                 if ours[key].dtype != theirs[key].dtype or not torch.equal(ours[key], theirs[key])
             ]
             assert different == [], (name, options, bits)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of threads, until the test is over."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.row(1, the_optimizer_s_state)
+def test_state_goes_on_with_another_number_of_threads(tmp_path: Path, threads: Callable[[int], None]) -> None:
+    """By equal gradients: what a run does not promise are equal float sums in between."""
+
+    def fresh() -> tuple[nn.Module, QuantizedOptimizer]:
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(600, 500), nn.Linear(500, 7))
+        dqt.quantize_(model, bits="ternary", rules={"1": None})
+        return model, dqt.optim.AdamW(model.named_parameters(), seed=5, second_moment="int8")
+
+    threads(1)
+    model, optimizer = fresh()
+    for step in range(4):
+        if step == 2:
+            saved = save_checkpoint(tmp_path, step, model, optimizer, FACTS)
+        take_step(model, optimizer, step)
+    threads(2)
+    resumed, its_optimizer = fresh()
+    restore(saved, read_state(saved), resumed, its_optimizer)
+    for step in (2, 3):
+        take_step(resumed, its_optimizer, step)
+    ours, theirs = contents(resumed, its_optimizer), contents(model, optimizer)
+    assert [key for key, tensor in ours.items() if not torch.equal(tensor, theirs[key])] == []
+
+
+@pytest.mark.row(1, the_place_in_the_data)
+def test_a_run_goes_on_with_another_number_of_threads(
+    tmp_path: Path, threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same run with the same batches; its losses are as near as float sums in another order."""
+    whole = run_micro(tmp_path, train__out=str(tmp_path / "whole"))
+    original = Learner.train_step
+
+    def stopping(self: Learner, telemetry: bool) -> dict[str, Any]:
+        line = original(self, telemetry)
+        if self.step == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return line
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "train_step", stopping)
+        run_micro(tmp_path, train__out=str(tmp_path / "pieces"))
+    pieces = run_micro(tmp_path, train__out=str(tmp_path / "pieces"), train__threads=2, resume="auto")
+    assert torch.get_num_threads() == 2
+    losses = [
+        [line["loss"] for line in metrics_of(run.directory.path) if "loss" in line] for run in (whole, pieces)
+    ]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
 
 
 # -- row 13 --------------------------------------------------------------------------------------------------
