@@ -119,8 +119,13 @@ def test_computed_ternary_survives_zeros() -> None:
 
 # Settings, and the state of linear weights and of embeddings: first moment, second moment.
 RECIPES: list[tuple[dict[str, Any], tuple[Any, Any], tuple[Any, Any]]] = [
-    ({"environment": "bf16"}, (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.bfloat16)),
-    ({"environment": "fp8"}, (E4M3, E4M3), (E4M3, E4M3)),
+    ({"environment": "bf16"}, (torch.bfloat16, None), (torch.bfloat16, torch.bfloat16)),
+    (
+        {"environment": "bf16", "second_moment": "full"},
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+    ),
+    ({"environment": "fp8"}, (E4M3, None), (E4M3, E4M3)),
     ({"environment": "fp8", "second_moment": "int8"}, (E4M3, torch.uint8), (E4M3, E4M3)),
     ({"environment": "bf16", "method": "residual"}, (None, None), (torch.bfloat16, torch.bfloat16)),
     ({"environment": "bf16", "optimizer": "sgd"}, (torch.bfloat16, None), (torch.bfloat16, None)),

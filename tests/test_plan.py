@@ -51,7 +51,8 @@ BUDGETS = [
     ("tiny", "strict", {}, 0.72, ["train.activation_checkpointing"]),
     ("7b", "residual", SHORT, 16, ["train.gradient_release", "train.accumulation"]),
     ("13b", "residual", SHORT, 24 * 1.0737, ["train.gradient_release", "train.accumulation"]),
-    ("1b", "strict", SHORT, 10, ["optim.second_moment", "train.gradient_release", "train.accumulation"]),
+    ("1b", "strict", SHORT, 6, ["train.gradient_release", "train.accumulation"]),
+    ("1b", "strict", SHORT | {"optim.second_moment": "full"}, 10, ["optim.second_moment"]),
 ]
 
 

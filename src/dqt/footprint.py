@@ -30,9 +30,9 @@ from dqt.train.config import Config, required
 CUDA_CONTEXT_BYTES = 500_000_000
 """A guess: no GPU was at hand."""
 
-KEPT_FREE, KEPT_FREE_AGAIN, KEPT_FREE_RELEASE = 0.42, 1.15, 1.4
+KEPT_FREE, KEPT_FREE_AGAIN, KEPT_RELEASING = 0.42, 1.15, 0.25
 """What the C library keeps of freed memory, as a share of activations and workspaces (see `dqt.allocator`);
-where activations are computed again; where gradients are released too. Fitted to `benchmarks/plan.py --preset
+where activations are computed again; and what gradient release adds. Fitted to `benchmarks/plan.py --preset
 tiny --preset small`, whose rows differ by as much as 10 % from one run to the next."""
 
 PROCESS_BYTES = 380_000_000
@@ -292,7 +292,7 @@ class Needs:
         }
         needed = process + weights + optimizer + max(moments.values())
         kept = KEPT_FREE_AGAIN if self.checkpointing else KEPT_FREE
-        kept = KEPT_FREE_RELEASE if self.release else kept
+        kept += KEPT_RELEASING if self.release else 0.0
         churned = self.activations + self.logits + self.layer_workspace
         return Footprint(
             weights=weights,
