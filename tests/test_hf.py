@@ -25,7 +25,9 @@ from dqt.errors import ConfigError, DqtError, ModelError
 from dqt.fused import is_fused
 from dqt.models import build_config, build_model
 from dqt.packed import read_description
+from dqt.start import find_start
 from dqt.tensor import QuantizedTensor
+from dqt.train.pretrained import load_float
 from dqt.train.savedmodel import load_model
 from export_helpers import VOCABULARY, saved_model
 from train_helpers import run_micro
@@ -172,6 +174,15 @@ def test_dequantize_gives_the_same_values_as_floats(tmp_path: Path) -> None:
     assert len(values) == 8
     for name, value in values.items():
         assert torch.equal(read.get_parameter(name), value)
+
+
+def test_a_run_s_model_as_floats_says_nothing_of_codes(tmp_path: Path) -> None:
+    """`dqt train --from RUN` starts from it, with method fp32 too."""
+    model = load_float(find_start(saved_model(tmp_path, sizes=SMALL)))
+    model.save_pretrained(tmp_path / "floats")
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "floats")
+    assert not any(isinstance(p, QuantizedTensor) for p in read.parameters())
+    assert_same_model(model.eval(), read)
 
 
 def test_trainer_accepts_it(tmp_path: Path) -> None:

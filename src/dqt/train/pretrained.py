@@ -133,6 +133,8 @@ def _of_run(start: Start) -> PreTrainedModel:
             f"--from {start.path}: its layers round their weights again as they compute\n"
             f"write what they compute with: dqt export {start.path} --to hf"
         )
+    if hasattr(packed.config, "quantization_config"):  # what the weights were
+        del packed.config.quantization_config
     model = empty_model(packed.config)
     Initializer(model, seed=0).finish()
     weights = dict(packed.named_parameters())
