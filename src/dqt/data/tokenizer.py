@@ -94,10 +94,9 @@ class TextTokenizer:
                 ids = np.array(encoding.ids, dtype=np.int64)
                 yield np.concatenate([ids, end]) if last else ids
 
-    def save(self, directory: Path) -> None:
-        """Writes the two files from which `transformers.AutoTokenizer` loads the tokenizer."""
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "tokenizer.json").write_text(self.core.to_str(pretty=True), encoding="utf-8")
+    @property
+    def files(self) -> dict[str, str]:
+        """The files from which `transformers.AutoTokenizer` loads the tokenizer, name to content."""
         kept = {key: self.settings[key] for key in SETTINGS if self.settings.get(key) is not None}
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",  # reads tokenizer.json as it is
@@ -106,11 +105,18 @@ class TextTokenizer:
             "eos_token": self.end_token,
             "clean_up_tokenization_spaces": False,  # "a ." must not decode to "a."
         }
-        (directory / "tokenizer_config.json").write_text(
-            json.dumps(config, indent=2) + "\n", encoding="utf-8"
-        )
-        if self.chat_template is not None:
-            (directory / CHAT_TEMPLATE).write_text(self.chat_template, encoding="utf-8")
+        template = {} if self.chat_template is None else {CHAT_TEMPLATE: self.chat_template}
+        return {
+            "tokenizer.json": self.core.to_str(pretty=True),
+            "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
+            **template,
+        }
+
+    def save(self, directory: Path) -> None:
+        """Writes its files."""
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in self.files.items():
+            (directory / name).write_text(content, encoding="utf-8")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:

@@ -224,7 +224,7 @@ def resolve(config: Config) -> Config:
         "activation_checkpointing": known.training.activation_checkpointing,
         "threads": config.train.threads or _threads(),
     }
-    data = replace(config.data, text=tuple(str(Path(path).absolute()) for path in config.data.text))
+    data = replace(config.data, text=_absolute(config.data.text), chat=_absolute(config.data.chat))
     return Config(
         model=known.model,
         quant=_fill(config.quant, quant | {name: getattr(recipe.products, name) for name in _PRODUCTS}),
@@ -232,6 +232,10 @@ def resolve(config: Config) -> Config:
         optim=_fill(config.optim, optim),
         train=_fill(config.train, train),
     )
+
+
+def _absolute(paths: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(str(Path(path).absolute()) for path in paths)
 
 
 def _threads() -> int:

@@ -19,11 +19,11 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dqt.build import autocast, build_optimizer
 from dqt.data.prepare import Corpus
-from dqt.data.sampler import Sampler
+from dqt.data.sampler import IGNORED, ConversationSampler, Sampler
 from dqt.errors import LossSpikeError, NonFiniteError
 from dqt.evaluate import Evaluation, evaluate
 from dqt.fused import fuse_
@@ -68,7 +68,7 @@ class Learner:
         self.recipe = config.recipe()
         self.steps, self.batch_size = required(train.steps), required(train.batch_size)
         self.accumulation, self.seq_len = required(train.accumulation), required(train.seq_len)
-        self.sampler = Sampler(len(corpus.train), self.seq_len, train.seed)
+        self.sampler = _sampler(corpus, self.seq_len, train.seed)
         self.start: dict[str, Any] | None = None
         self.model, self.quantized = self._adopt() if self._adopts(fresh) else self._build()
         if train.fused and self.recipe.fusible:
@@ -119,7 +119,8 @@ class Learner:
 
         count, sequences = self.config.quant.calibrate, None
         if count:
-            sequences = self.sampler.batch(self.corpus.train, 0, count)[:, :-1]
+            found_rows = self.sampler.batch(self.corpus.train, 0, count)
+            sequences = (found_rows if isinstance(found_rows, Tensor) else found_rows[0])[:, :-1]
         return adopt(found, self.recipe, self.config.quant.rules_to_bits, sequences, before)
 
     @property
@@ -179,8 +180,13 @@ class Learner:
         self.optimizer.collect_telemetry = telemetry
         try:
             loss = 0.0
-            for micro_batch in range(self.accumulation):
-                loss = self._backward(micro_batch, loss)
+            batches = [self._batch(number) for number in range(self.accumulation)]
+            learnt = [
+                tokens.numel() if targets is None else int((targets != IGNORED).sum())
+                for tokens, targets in batches
+            ]
+            for micro_batch, (tokens, targets) in enumerate(batches):
+                loss = self._backward(micro_batch, loss, tokens, targets, sum(learnt) / learnt[micro_batch])
             norm = self._clip() if self.release is None else self.release.norm
             self.optimizer.step()
         except (NonFiniteError, LossSpikeError) as error:
@@ -239,21 +245,34 @@ class Learner:
             optim.decay_fraction,
         )
 
-    def _backward(self, micro_batch: int, before: float) -> float:
+    def _batch(self, micro_batch: int) -> tuple[Tensor, Tensor | None]:
+        """Tokens of a forward pass, and of conversations the targets."""
+        first = self.samples + micro_batch * self.batch_size
+        if isinstance(self.sampler, ConversationSampler):
+            return self.sampler.batch(self.corpus.train, first, self.batch_size)
+        return self.sampler.batch(self.corpus.train, first, self.batch_size), None
+
+    def _backward(
+        self, micro_batch: int, before: float, tokens: Tensor, targets: Tensor | None, parts: float
+    ) -> float:
         """A forward and a backward pass.
 
         Args:
             micro_batch: Its number in the update.
             before: Share of the update's loss that earlier ones gave.
+            tokens: See `language_model_loss`, as is the next one.
+            targets: Of conversations.
+            parts: The update's tokens to learn, over those of this pass.
 
         Returns:
             `before`, and the share of this one.
         """
-        first = self.samples + micro_batch * self.batch_size
-        tokens = self.sampler.batch(self.corpus.train, first, self.batch_size).to(self.model.device)
-        with autocast(self.recipe, self.model.device.type):
-            loss = language_model_loss(self.model, tokens)
-        total = before + loss.item() / self.accumulation
+        device = self.model.device
+        with autocast(self.recipe, device.type):
+            loss = language_model_loss(
+                self.model, tokens.to(device), None if targets is None else targets.to(device)
+            )
+        total = before + loss.item() / parts
         if not math.isfinite(total):
             raise NonFiniteError(
                 f"the loss is {loss.item()}; this step changed nothing. Lower --lr, or set "
@@ -265,7 +284,7 @@ class Learner:
                 f"the loss is {total:.3f}, a spike: above {limit:.3f}, {self.watch.threshold:g} deviations "
                 "over the last ones; this step changed nothing"
             )
-        (loss / self.accumulation).backward()
+        (loss / parts).backward()
         return total
 
     def _clip(self) -> float:
@@ -285,6 +304,12 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         if self.release is not None:
             self.release.forget()
+
+
+def _sampler(corpus: Corpus, seq_len: int, seed: int) -> Sampler | ConversationSampler:
+    if corpus.train.marks is not None:
+        return ConversationSampler(corpus.train.marks, seq_len, seed)
+    return Sampler(len(corpus.train), seq_len, seed)
 
 
 def model_config(config: Config, corpus: Corpus) -> Any:

@@ -46,19 +46,23 @@ def chunked_cross_entropy(
     return _mean([_sum_of_losses(head, h, t) for h, t in _chunks(flat, wanted, rows)], len(wanted))
 
 
-def language_model_loss(model: nn.Module, tokens: Tensor) -> Tensor:
+def language_model_loss(model: nn.Module, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
     """Mean cross-entropy of the next token, for a `transformers` causal language model.
 
     Args:
         model: The model; its `base_model` gives the hidden states, its output embeddings are the head.
         tokens: `int64` [B, S + 1]: inputs, and targets one further.
+        targets: `int64` [B, S] in their place, -100 where a token is not learnt: those never reach the head.
 
     Returns:
         Scalar `float32`, in nats a token.
     """
     base, head = model.base_model, model.get_output_embeddings()  # type: ignore[operator]
     hidden = base(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state  # type: ignore[operator]
-    return chunked_cross_entropy(hidden, head, tokens[:, 1:])
+    if targets is None:
+        return chunked_cross_entropy(hidden, head, tokens[:, 1:])
+    learnt = targets != -100
+    return chunked_cross_entropy(hidden[learnt], head, targets[learnt])
 
 
 def _words(head: nn.Module) -> int:

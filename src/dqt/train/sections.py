@@ -173,6 +173,7 @@ class DataConfig(Section):
 
     source: str = "stdlib"
     text: tuple[str, ...] = ()
+    chat: tuple[str, ...] = ()
     vocab_size: int | None = None
     tokenizer: str | None = None
     val_fraction: float = 0.05

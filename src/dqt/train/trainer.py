@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dqt.build import autocast
+from dqt.data.chat import LEARNT
 from dqt.data.prepare import Corpus
-from dqt.data.tokenizer import load_tokenizer
+from dqt.data.tokenizer import TextTokenizer, load_tokenizer
 from dqt.errors import DqtError, LossSpikeError, NonFiniteError, WriteError
 from dqt.evaluate import Evaluation
 from dqt.memory import MemoryTable, measure, peak_memory, process_memory
@@ -285,8 +286,7 @@ class Trainer(Learner):
         tokenizer = load_tokenizer(self.corpus.tokenizer_dir)
         prompt = self.config.train.prompt
         if prompt is None:
-            start = self.corpus.val.read(0, min(_PROMPT_TOKENS, len(self.corpus.val))).tolist()
-            prompt = tokenizer.core.decode(start)
+            prompt = self._first_words(tokenizer)
         if not self.config.train.sample_tokens:
             return prompt, ""
         with autocast(self.recipe, self.model.device.type), eager(self.config.train.compile):
@@ -294,6 +294,14 @@ class Trainer(Learner):
                 self.model, tokenizer, prompt, self.config.train.sample_tokens, seed=self.config.train.seed
             )
         return prompt, sample.text
+
+    def _first_words(self, tokenizer: TextTokenizer) -> str:
+        """The beginning of the held-out text; of conversations all up to the first answer."""
+        val = self.corpus.val
+        if val.marks is None:
+            return tokenizer.core.decode(val.read(0, min(_PROMPT_TOKENS, len(val))).tolist())
+        learnt = val.marks.read(0, len(val)) & LEARNT
+        return tokenizer.core.decode(val.read(0, int(learnt.argmax())).tolist(), skip_special_tokens=False)
 
     def _facts(self) -> dict[str, Any]:
         """What is known before the first step, for `run.json`."""
