@@ -22,6 +22,7 @@ from optim_cases import (
 )
 
 REFUSED = [
+    ({"significance": -1.0}, "significance=-1.0 must be finite"),
     ({"lr": -1.0}, "lr=-1.0 must be finite"),
     ({"lr": float("nan")}, "lr=nan must be finite"),
     ({"lr": float("inf")}, "lr=inf must be finite"),

@@ -108,6 +108,51 @@ def test_equal_updates_are_dropped_by_share_too() -> None:
     assert int((step(optimizer, weight, torch.ones(weight.shape)) == 0).sum()) == weight.numel() // 4
 
 
+# -- significance --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+@pytest.mark.parametrize("significance", [0.0, 1.0, 2.0, 3.0])
+def test_of_pure_noise_as_much_moves_as_a_normal_distribution_says(beta1: float, significance: float) -> None:
+    """40,000 weights with independent gradients: to a tenth, and five standard errors."""
+    weight = make_weight(rows=40, columns=1000, code=0)
+    optimizer = AdamW(
+        [("w", weight)],
+        lr=0.0,
+        betas=(beta1, 0.999),
+        significance=significance,
+        rounding="nearest",
+        residual_bits=0,
+    )
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(600):  # until the root of the squares is sharp
+        step(optimizer, weight, torch.randn(weight.shape, generator=generator))
+    optimizer.param_groups[0]["lr"] = 1e9 * SCALE  # whatever is not zero moves
+    moves = step(optimizer, weight, torch.randn(weight.shape, generator=generator))
+    wanted = math.erfc(significance / math.sqrt(2))
+    error = 5 * math.sqrt(wanted * (1 - wanted) / weight.numel())
+    assert float((moves != 0).double().mean()) == pytest.approx(wanted, rel=0.1, abs=error)
+
+
+def test_a_lean_is_followed_the_more_the_higher_the_threshold() -> None:
+    """Of a gradient that is noise with a mean of 0.1, the share of moves that go the right way."""
+    right = []
+    for significance in (0.0, 1.0, 2.0):
+        weight = make_weight(rows=400, columns=400, code=0)
+        optimizer = AdamW(
+            [("w", weight)], lr=0.3 * SCALE, betas=(0.0, 0.999), significance=significance, residual_bits=0
+        )
+        up = down = 0
+        for number in range(10):
+            moves = step(optimizer, weight, gradient(weight.shape, number) + 0.1)
+            down, up = down + int((moves < 0).sum()), up + int((moves > 0).sum())
+        right.append(down / up)
+    # Above t, exp(2 * 0.1 * t) to 1 and a little more; without a threshold (1 + s sqrt(pi / 2)) / (1 - ...).
+    assert right[0] == pytest.approx(1.28, abs=0.05)
+    assert right[0] < right[1] < right[2]
+    assert right[2] > math.exp(0.4)
+
+
 # -- a float residual ----------------------------------------------------------------------------------------
 
 

@@ -62,6 +62,7 @@ class Recipe:
         float_second_moment: Of all other matrices.
         rounding: Of the write-back, one of `dqt.numerics.rounding.ROUNDINGS`.
         drop_smallest: Share of the smallest updates that is dropped.
+        significance: At the end of the run, of the optimizer's option of that name; it rises from 0.
         error_feedback: One of `dqt.optim.eco.ERROR_FEEDBACKS`.
         products: How linear layers multiply, see `Products`.
         environment: What the rest of a low-bit method computes in: one of `ENVIRONMENTS`.
@@ -92,6 +93,7 @@ class Recipe:
     float_second_moment: str = "full"
     rounding: str = "stochastic"
     drop_smallest: float = 0.0
+    significance: float = 0.0
     error_feedback: str = "none"
     products: Products = field(default_factory=Products)
     environment: str = "fp32"
@@ -232,7 +234,12 @@ def _conflicts_of_products(recipe: Recipe) -> Iterator[tuple[object, str]]:
 def _conflicts_of_rounding(recipe: Recipe) -> Iterator[tuple[object, str]]:
     rounding = recipe.rounding
     if not recipe.quantized:
-        for key, default in (("rounding", "stochastic"), ("drop_smallest", 0), ("error_feedback", "none")):
+        for key, default in (
+            ("rounding", "stochastic"),
+            ("drop_smallest", 0),
+            ("significance", 0),
+            ("error_feedback", "none"),
+        ):
             value = getattr(recipe, key)
             yield (
                 value != default,
@@ -241,6 +248,15 @@ def _conflicts_of_rounding(recipe: Recipe) -> Iterator[tuple[object, str]]:
     yield (
         not 0 <= recipe.drop_smallest < 1,
         f"drop_smallest={recipe.drop_smallest} is a share: use 0 up to below 1",
+    )
+    yield (
+        not 0 <= recipe.significance <= 100,
+        f"significance={recipe.significance} is in standard deviations: use 0 to 100, such as 3",
+    )
+    yield (
+        recipe.significance and (recipe.optimizer != "adamw" or recipe.method == "paper"),
+        f"significance={recipe.significance} is about AdamW's direction and single moves: use optimizer "
+        "adamw and method strict or residual",
     )
     yield (
         recipe.residual_bits == FLOAT_RESIDUAL and rounding != "stochastic",

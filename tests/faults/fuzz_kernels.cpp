@@ -328,6 +328,7 @@ Output run_update(i64 rows, i64 columns) {
   args.lr_unit = 0.01f * static_cast<float>(unit), args.decay = 0.001f, args.keep = 0.999f;
   args.beta1 = 0.9f, args.weight1 = 0.1f, args.beta2 = 0.99f, args.weight2 = 0.01f;
   args.root_factor = 1.5f, args.eps = 1e-8f;
+  args.least = between(0, 1) ? 0.3f : 0.0f;
   if (dqt_update(&args)) fail("refused", "update", rows, columns);
   Output out;
   for (const auto& each : {weight, first_scale, second_scale}) out.add(each);

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dqt.errors import ConfigError, did_you_mean
 
-INTERFACE_VERSION = 7
+INTERFACE_VERSION = 8
 ISAS = ("amx", "avx512", "avx2", "portable")
 STATUS = {1: "they do not fit together, or overflow", 2: "no instruction set was chosen", 3: "no memory"}
 
@@ -47,7 +47,7 @@ class Update(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("scale_per_row", "bits", "qmin", "levels", "residual_bits")),
         *((name, ctypes.c_int32) for name in ("threshold", "short_positions", "nearest", "count")),
         *((name, ctypes.c_float) for name in ("bottom", "lr_unit", "decay", "keep", "beta1", "weight1")),
-        *((name, ctypes.c_float) for name in ("beta2", "weight2", "root_factor", "eps")),
+        *((name, ctypes.c_float) for name in ("beta2", "weight2", "root_factor", "eps", "least")),
     )
 
 

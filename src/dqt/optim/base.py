@@ -27,6 +27,7 @@ from dqt.optim.eco import feed_back
 from dqt.optim.learned_scale import new_scale_state, update_scale
 from dqt.optim.moments import Moments, mean_squares, ordered_mean
 from dqt.optim.rule import Rule
+from dqt.optim.significance import least_direction
 from dqt.optim.step import Step, gradient_matrix, matrix_shape, write_float
 from dqt.optim.threshold import LearnedThreshold
 from dqt.optim.writeback import WriteBackStats, default_residual_bits, new_residual, write_back
@@ -47,6 +48,8 @@ class Options(TypedDict, total=False):
             in grid steps.
         rounding: "stochastic"; for comparison one of the others in `dqt.numerics.rounding`.
         drop_smallest: Share of the smallest updates of a low-bit weight that is dropped; for comparison.
+        significance: Moves only weights whose direction is this many times what noise alone would make of it,
+            and keeps the others still (AdamW only); see `dqt.optim.significance`.
         learn_scale: Train the scales of low-bit weights too (AdamW only); see `dqt.optim.learned_scale`.
         error_feedback: "none", or "eco"; see `dqt.optim.eco`.
         first_moment: How a first moment is kept: "none", "fp32", "bf16", "int8" or "fp8"; see
@@ -58,6 +61,7 @@ class Options(TypedDict, total=False):
     hysteresis: float
     rounding: str
     drop_smallest: float
+    significance: float
     learn_scale: bool
     error_feedback: str
     first_moment: str
@@ -69,6 +73,7 @@ _DEFAULTS: dict[str, Any] = {
     "hysteresis": DEFAULT_HYSTERESIS,
     "rounding": "stochastic",
     "drop_smallest": 0.0,
+    "significance": 0.0,
     "learn_scale": False,
     "error_feedback": "none",
     "first_moment": "fp32",
@@ -142,6 +147,12 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                 raise ConfigError(f"unknown {key} {value!r}; {did_you_mean(value, names)}")
         if not 0.0 <= group["drop_smallest"] < 1.0:
             raise ConfigError(f"drop_smallest={group['drop_smallest']} must be in [0, 1)")
+        if not 0.0 <= group["significance"] < float("inf"):
+            raise ConfigError(f"significance={group['significance']} must be finite and not negative")
+        if group["significance"] and "betas" not in group:
+            raise ConfigError(
+                "significance needs AdamW: only its direction is in units of the gradient's noise"
+            )
         if group["learn_scale"] and "betas" not in group:
             raise ConfigError("learn_scale needs AdamW: no other optimizer here has a decay for its squares")
         if group["error_feedback"] == "eco":
@@ -261,6 +272,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             residual_bits=residual_bits,
             hysteresis=group["hysteresis"],
             drop_smallest=group["drop_smallest"],
+            least=least_direction(group["significance"], self.first_beta(group)),
             error_feedback=group["error_feedback"],
             stats=self._stats if self.collect_telemetry else None,
         )
@@ -361,6 +373,9 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                 ours[int(index)], saved, self._new_state(parameter, groups[int(index)], grad)
             )
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        for group in self.param_groups:  # options that are younger than what was saved
+            for key, default in _DEFAULTS.items():
+                group.setdefault(key, default)
         for index, saved in state_dict["state"].items():
             parameter = parameters[int(index)]
             self.state[parameter] = {

@@ -67,6 +67,7 @@ def update(step: Step, paper_scale: Tensor | None = None) -> bool:
         weight2=rule.weight2,
         root_factor=rule.root_factor,
         eps=rule.eps,
+        least=step.least,
         normalize_first=int(rule.normalize_first),
         paper_scale=cpu.pointer(paper_scale, torch.float32),
         **_moment_fields(step.moments),

@@ -33,6 +33,7 @@ class Step:
         residual_bits: 0 is strict.
         hysteresis: h, in grid steps.
         drop_smallest: Share of the directions, the smallest ones, that is set to zero.
+        least: Directions of a low-bit weight below this in magnitude are set to zero.
         error_feedback: One of `ERROR_FEEDBACKS`.
         stats: Counts to add to, or None.
     """
@@ -47,6 +48,7 @@ class Step:
     residual_bits: int
     hysteresis: float
     drop_smallest: float
+    least: float
     error_feedback: str
     stats: WriteBackStats | None
 
@@ -67,13 +69,15 @@ class Step:
         return self.rule.direction(self.grad[rows].float(), self.moments, rows, random)
 
     def directions(self) -> Iterator[tuple[slice, Tensor]]:
-        """Rows, block by block, and what a low-bit weight is moved by: gated, without the smallest share."""
+        """Rows, block by block, and what a low-bit weight is moved by: gated, without the smallest ones."""
         gate = ROUNDINGS[self.rounding].gate
         blocks = list(row_blocks(*self.grad.shape))
 
         def gated(rows: slice) -> Tensor:
             direction = self.direction(rows)
-            return direction if gate is None else gate(direction, self.grad[rows].float())
+            if gate is not None:
+                direction = gate(direction, self.grad[rows].float())
+            return torch.where(direction.abs() < self.least, 0.0, direction) if self.least else direction
 
         if not self.drop_smallest:
             yield from ((rows, gated(rows)) for rows in blocks)

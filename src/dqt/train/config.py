@@ -189,7 +189,7 @@ _QUANT_TO_RECIPE = (
 _OPTIM_TO_RECIPE = (
     *("lr", "betas", "float_betas", "eps", "weight_decay", "second_moment"),
     *("first_moment", "float_first_moment", "float_second_moment"),
-    *("drop_smallest", "grad_clip", "clip_update", "warmup_steps", "schedule"),
+    *("drop_smallest", "significance", "grad_clip", "clip_update", "warmup_steps", "schedule"),
 )
 
 _SectionT = TypeVar("_SectionT", bound=Section)

@@ -177,6 +177,7 @@ class Learner:
         lr = required(self.recipe.lr) * self._lr_factor(number)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+            group["significance"] = self.recipe.significance * number / required(self.config.train.steps)
         self.optimizer.collect_telemetry = telemetry
         try:
             loss = 0.0

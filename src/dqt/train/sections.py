@@ -207,6 +207,7 @@ class OptimConfig(Section):
         float_first_moment: Of float matrices.
         float_second_moment: Of float matrices.
         drop_smallest: Share of the smallest updates of low-bit weights that is dropped.
+        significance: How many times what noise makes of it a direction must be at the end of the run.
         grad_clip: Global gradient norm to clip to; 0 does not clip.
         clip_update: Clip of each tensor's step, see `dqt.optim.AdamW`; 0 does not clip.
         warmup_steps: None is the recipe's, or a tenth of the run.
@@ -228,6 +229,7 @@ class OptimConfig(Section):
     float_first_moment: str | None = None
     float_second_moment: str | None = None
     drop_smallest: float | None = None
+    significance: float | None = None
     grad_clip: float | None = None
     clip_update: float | None = None
     warmup_steps: int | None = None

@@ -49,6 +49,7 @@ struct DqtUpdate {
   float decay;                // lr * weight_decay
   float keep;                 // 1 - decay
   float beta1, weight1, beta2, weight2, root_factor, eps;
+  float least;                // directions of packed weights below this are zero
 };
 
 // Causal attention; the second half is for the backward pass only.
