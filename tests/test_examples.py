@@ -12,6 +12,8 @@ import pytest
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 SHOWS = {
     "accelerate_loop.py": ["epoch 3: ", "codes: [-1, 0, 1], "],
+    "lora.py": ["with adapters: ", "codes of a layer: [-8, "],
+    "finetune.py": ["in 4 bits", "after 30 steps: "],
     "llama_cpp.py": ["verified in llama.cpp", "llama.cpp goes on:\ndef "],
     "quantize_module.py": ["step 100: ", "codes of the first layer: [-8, "],
     "trainer.py": ["bits=4", "resumed at step 20: the same bits"],

@@ -34,6 +34,7 @@ LAYERS = (
     "hf",
     "quantize",
     "optim",
+    "lora",
     "recipe",
     "recipes",
     "build",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dqt.choices import Products
     from dqt.fused import fuse_
     from dqt.hf import DqtConfig
+    from dqt.lora import merge_lora
     from dqt.quantize import quantize_
     from dqt.rules import QuantizeReport
     from dqt.tensor import QuantizedTensor
@@ -30,6 +31,7 @@ __all__ = [
     "QuantizedTensor",
     "__version__",
     "fuse_",
+    "merge_lora",
     "optim",
     "quantize_",
 ]
@@ -40,6 +42,7 @@ _HOME = {
     "QuantizeReport": "dqt.rules",
     "QuantizedTensor": "dqt.tensor",
     "fuse_": "dqt.fused",
+    "merge_lora": "dqt.lora",
     "quantize_": "dqt.quantize",
 }
 

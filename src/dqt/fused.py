@@ -125,7 +125,13 @@ class _FusedMLP:
             return super().forward(x)  # type: ignore[misc]
         gate, up = self.gate_proj(x), self.up_proj(x)
         norm, weight = getattr(self, "ffn_sub_norm", None), self.down_proj.weight
-        if norm is None and isinstance(weight, QuantizedTensor) and weight.products.forward == "int8":
+        plain = isinstance(self.down_proj, nn.Linear)  # and no adapter around one, which shows its weight
+        if (
+            norm is None
+            and plain
+            and isinstance(weight, QuantizedTensor)
+            and weight.products.forward == "int8"
+        ):
             return quantized_swiglu_linear(gate, up, weight, self.down_proj.bias)
         h = _SwiGLU.apply(gate.flatten(0, -2), up.flatten(0, -2)).view(gate.shape)
         return self.down_proj(h if norm is None else norm(h))

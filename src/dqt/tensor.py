@@ -278,3 +278,12 @@ def _refuse_item_assignment(weight: Tensor, index: Any, value: Any) -> None:
         raise FloatWriteError(_refusal("weight[...] = value", weight))
     with torch._C.DisableTorchFunctionSubclass():
         weight[index] = value.dequantize() if isinstance(value, QuantizedTensor) else value
+
+
+@implements(torch.Tensor.data.__set__)  # type: ignore[attr-defined]
+def _refuse_float_data(weight: Tensor, value: Any) -> None:
+    """`weight.data = floats` would leave the codes as they are, without a word: peft merges adapters so."""
+    if isinstance(weight, QuantizedTensor) and not isinstance(value, QuantizedTensor):
+        raise FloatWriteError(_refusal("weight.data = value", weight))
+    with torch._C.DisableTorchFunctionSubclass():
+        weight.data = value

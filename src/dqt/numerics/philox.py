@@ -36,6 +36,7 @@ class Purpose(enum.IntEnum):
     MOMENT = 1
     SAMPLER = 2
     INIT = 3
+    MERGE = 4
     BACKWARD = 16  # plus the micro-batch
 
 
