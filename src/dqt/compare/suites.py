@@ -103,6 +103,10 @@ FP32 = Arm("FP32", {"quant.method": "fp32"})
 BITNET = Arm("BitNet", {"quant.method": "bitnet"})
 
 
+NOT_COOLED: Settings = {"optim.significance": 0.0, "optim.schedule": "cosine", **FIRST_MOMENT}
+"""Strict training in few bits without what its recipe has against the noise of rounding."""
+
+
 def strict(bits: str, **settings: Any) -> Settings:
     """Settings of method strict; a double underscore in a key stands for the dot."""
     return _method("strict", bits, settings)
@@ -209,7 +213,7 @@ def _why() -> Suite:
             "+ float embeddings and head": paper(bits, quant__rules=ends),
             "+ our grid and start": paper(bits, quant__rules=ends, **start),
             "+ frozen scale": paper(bits, quant__rules=ends, quant__frozen_scale=True, **start),
-            "+ our update: strict": strict(bits),
+            "+ our update: strict": {**strict(bits), **NOT_COOLED},
             "+ 8-bit residual": residual(
                 bits, optim__betas=[0.9, 0.95], optim__second_moment="full", **(start if not narrow else {})
             ),
@@ -239,7 +243,7 @@ def _bits() -> Suite:
 
 
 def _residual() -> Suite:
-    k0 = strict("ternary", optim__betas=[0.0, 0.95], optim__second_moment="factored")
+    k0 = {**strict("ternary"), **NOT_COOLED, **NO_FIRST_MOMENT}
     arms = [
         Arm("k = 0 (strict)", k0),
         *(Arm(f"k = {k}", residual("ternary", quant__residual_bits=k)) for k in (2, 4, 6, 16)),
@@ -248,7 +252,7 @@ def _residual() -> Suite:
         Arm("first moment, β₁ 0.9", residual("ternary", optim__betas=[0.9, 0.95])),
         Arm("full second moment", residual("ternary", optim__second_moment="full")),
         Arm("int8 second moment", residual("ternary", optim__second_moment="int8")),
-        Arm("ECO as published, β₁ 0.9", strict("ternary", quant__error_feedback="eco")),
+        Arm("ECO as published, β₁ 0.9", {**strict("ternary", quant__error_feedback="eco"), **NOT_COOLED}),
         *(
             Arm(f"{bits} bits stored, ternary computed", strict(bits, quant__compute_bits="ternary"))
             for bits in ("8", "4")
@@ -271,9 +275,12 @@ def _residual() -> Suite:
 
 def _rounding() -> Suite:
     arms = [
-        Arm(f"{bits} {rounding}", strict(bits, quant__rounding=rounding))
+        Arm(f"{bits} {rounding}", {**strict(bits, quant__rounding=rounding), **NOT_COOLED})
         for bits in ("ternary", "4")
         for rounding in ROUNDINGS
+    ]
+    arms += [
+        Arm(f"{bits} significance 4", strict(bits, optim__significance=4.0)) for bits in ("ternary", "4")
     ]
     return Suite("rounding", "how should strict training round?", MICRO, (FP32, BITNET, *arms), BASELINES)
 
