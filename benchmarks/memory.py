@@ -58,7 +58,7 @@ ARMS = {
         None,
         True,
     ),
-    "strict8": Arm("8 bits strict, AdamW's moments", "strict", "8"),
+    "strict8": Arm("8 bits strict", "strict", "8"),
     "strict8-release": Arm("8 bits strict, no momentum, release", "strict", "8", _NO_STATE, None, True),
 }
 

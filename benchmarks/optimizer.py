@@ -55,10 +55,7 @@ ARMS: dict[str, tuple[str | None, Make]] = {
     ),
     "4 bits + 8 bits, factored": ("4", adamw(betas=(0.0, 0.95), residual_bits=8, second_moment="factored")),
     "8 bits strict, FP32 moments": ("8", adamw(residual_bits=0)),
-    "8 bits strict, bf16 and int8 moments": (
-        "8",
-        adamw(residual_bits=0, first_moment="bf16", second_moment="int8"),
-    ),
+    "8 bits strict": ("8", adamw(residual_bits=0, first_moment="int8", second_moment="factored")),
     "8 bits strict, int8 moments": ("8", adamw(residual_bits=0, first_moment="int8", second_moment="int8")),
     "ternary + 8 bits, SGD": ("ternary", lambda model: SGD(model.named_parameters(), lr=1e-4)),
     "ternary + 8 bits, Adafactor": ("ternary", lambda model: Adafactor(model.named_parameters())),

@@ -147,7 +147,7 @@ def bad_at(patch: pytest.MonkeyPatch, samples: set[int], add: float) -> None:
     """Spoils the loss of the batches that begin with these samples, wherever they come."""
     original = Learner._backward
 
-    def backward(self: Learner, micro_batch: int, before: float) -> float:
+    def backward(self: Learner, *batch: Any) -> float:
         loss = learner.language_model_loss
 
         def spoilt(*arguments: Any) -> Tensor:
@@ -155,7 +155,7 @@ def bad_at(patch: pytest.MonkeyPatch, samples: set[int], add: float) -> None:
 
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(learner, "language_model_loss", spoilt)
-            return original(self, micro_batch, before)
+            return original(self, *batch)
 
     patch.setattr(Learner, "_backward", backward)
 

@@ -216,7 +216,7 @@ def limit_memory_at(step: int, room: int) -> None:
     """Sets what `ulimit -v` sets, a little above what this process has, before a step that takes more."""
     original = Learner._backward
 
-    def greedy(self: Learner, micro_batch: int, before: float) -> float:
+    def greedy(self: Learner, *batch: Any) -> float:
         import torch
 
         if self.step == step:
@@ -224,7 +224,7 @@ def limit_memory_at(step: int, room: int) -> None:
             limit = pages * resource.getpagesize() + room
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
             self.activations = torch.empty(4 * room, dtype=torch.uint8)  # type: ignore[attr-defined]
-        return original(self, micro_batch, before)
+        return original(self, *batch)
 
     Learner._backward = greedy  # type: ignore[method-assign]
 
