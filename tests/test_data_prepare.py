@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def spec_of(folder: Path, **settings: object) -> DataSpec:
-    return DataSpec(**{"text": folder, "vocab_size": 270, "val_fraction": 0.1} | settings)
+    return DataSpec(**{"text": [str(folder)], "vocab_size": 270, "val_fraction": 0.1} | settings)
 
 
 def decode(corpus: Corpus, split: TokenShards) -> list[str]:

@@ -108,7 +108,7 @@ def test_the_first_loss_is_that_of_the_model(directory: Path, tmp_path: Path) ->
     from dqt.evaluate import evaluate
 
     config = Config.from_toml(result.directory.config)
-    corpus = prepare_corpus(config.data.spec(), tmp_path / "cache", tokenizer=tokenizer)
+    corpus = prepare_corpus(config.data, tmp_path / "cache", tokenizer=tokenizer)
     expected = evaluate(model, corpus.val, 16, 4, token_bytes=corpus.token_bytes)
     assert result.summary["start"]["val_loss"] == pytest.approx(expected.loss, abs=1e-6)
 

@@ -27,7 +27,7 @@ from train_helpers import assert_same_tensors, metrics_of, micro_config, run_mic
 
 def trainer_for(tmp_path: Path, **values: Any) -> Trainer:
     config = resolve(micro_config(tmp_path, **values))
-    corpus = prepare_corpus(config.data.spec(), tmp_path.parent / "dqt-cache")
+    corpus = prepare_corpus(config.data, tmp_path.parent / "dqt-cache")
     return Trainer(config, corpus, RunDirectory(tmp_path / "run"), Console(None))
 
 

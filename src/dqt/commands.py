@@ -194,7 +194,7 @@ def _held_out(config: Config, model: Path, info: dict[str, Any]) -> Any:
     from dqt.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(model) if config.model.start_from else None
-    corpus = prepare_corpus(config.data.spec(), tokenizer=tokenizer)
+    corpus = prepare_corpus(config.data, tokenizer=tokenizer)
     if corpus.hash != info.get("summary", {}).get("data", {}).get("hash"):
         raise DataError(
             "the text has changed since this model was trained, so its held-out part has too: give --text"

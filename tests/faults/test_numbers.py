@@ -57,7 +57,7 @@ def moving_on_in_the_data(patch: pytest.MonkeyPatch) -> None:
 
 def a_learner(tmp_path: Path, **values: Any) -> Learner:
     config = resolve(micro_config(tmp_path, **values))
-    return Learner(config, prepare_corpus(config.data.spec(), tmp_path.parent / "dqt-cache"))
+    return Learner(config, prepare_corpus(config.data, tmp_path.parent / "dqt-cache"))
 
 
 def parameter_of(model: torch.nn.Module) -> Any:

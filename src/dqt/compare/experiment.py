@@ -153,7 +153,7 @@ class Experiment:
     def prepare(self) -> None:
         """Reads the text of every arm, once, before any process needs it."""
         for result in self.trained:
-            spec = result.config.data.spec()
+            spec = result.config.data
             if spec not in self.corpora:
                 self.corpora[spec] = prepare_corpus(spec, None, self.console.say)
             self.corpora[spec].require_length(required(result.config.train.seq_len))
@@ -210,7 +210,7 @@ class Experiment:
         return config.override(values)
 
     def _place(self, config: Config, title: str) -> Run:
-        run = place(config, self.folder / "runs", self.corpora[config.data.spec()].hash)
+        run = place(config, self.folder / "runs", self.corpora[config.data].hash)
         self._titles.setdefault(run.directory.path, title)
         return run
 
@@ -273,7 +273,7 @@ class Experiment:
         for seed, run in of.runs.items():
             outcome = of.outcomes[seed]
             if outcome.state == FINISHED:
-                loss = ternary_loss(run, self.corpora[run.config.data.spec()])
+                loss = ternary_loss(run, self.corpora[run.config.data])
                 outcome = Outcome(FINISHED, outcome.step, summary={**outcome.summary, "val_loss": loss})
             result.runs[seed], result.outcomes[seed] = run, outcome
 

@@ -47,7 +47,7 @@ from dqt.data.sources import (
     read_dataset,
     read_paths,
 )
-from dqt.data.spec import DataSpec
+from dqt.data.spec import DEFAULT_VOCAB_SIZE, DataSpec
 from dqt.data.split import split_conversations, split_documents
 from dqt.data.tokenizer import TextTokenizer, load_tokenizer, token_byte_lengths, train_tokenizer
 from dqt.errors import DataError, ModelError
@@ -186,7 +186,7 @@ def prepare_corpus(
         "val_fraction": spec.val_fraction,
         "tokenizer": hashlib.sha256(json.dumps(given.files).encode()).hexdigest()
         if given
-        else spec.vocab_size,
+        else spec.vocab_size or DEFAULT_VOCAB_SIZE,
     }
     if spec.chat:
         settings["chat"] = DEFAULT_TEMPLATE
@@ -246,13 +246,14 @@ def _prepare(
     train, val = split(source.documents, spec.val_fraction)
     size = sum(len(document.text.encode("utf-8")) for document in source.documents)
     say(f"read {len(source.documents):,} documents, {size / 1e6:.1f} MB of text")
+    vocab_size = spec.vocab_size or DEFAULT_VOCAB_SIZE
     if given is None:
-        say(f"training a byte-level BPE tokenizer of {spec.vocab_size:,} tokens")
+        say(f"training a byte-level BPE tokenizer of {vocab_size:,} tokens")
     texts = map(plain_text, train) if spec.chat else (document.text for document in train)
-    tokenizer = given or train_tokenizer(texts, spec.vocab_size)
+    tokenizer = given or train_tokenizer(texts, vocab_size)
     if spec.chat and tokenizer.chat_template is None:
         tokenizer = replace(tokenizer, chat_template=DEFAULT_TEMPLATE)
-    if given is None and tokenizer.vocab_size < spec.vocab_size:
+    if given is None and tokenizer.vocab_size < vocab_size:
         say(f"the text yields only {tokenizer.vocab_size:,} tokens")
 
     directory.parent.mkdir(parents=True, exist_ok=True)

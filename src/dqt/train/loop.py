@@ -96,7 +96,7 @@ def _train(
     tokenizer = None
     if config.model.start_from is not None:
         tokenizer = load_own_tokenizer(find_start(config.model.start_from))
-    corpus = prepare_corpus(config.data.spec(), cache_dir, console.say, tokenizer)
+    corpus = prepare_corpus(config.data, cache_dir, console.say, tokenizer)
     corpus.require_length(required(config.train.seq_len))
     if found:
         for change in resuming.require_same_run(found, config, corpus.hash):

@@ -166,32 +166,6 @@ class QuantConfig(Section):
 
 
 @dataclass(frozen=True)
-class DataConfig(Section):
-    """What the model reads; see `dqt.data.prepare.DataSpec`. `vocab_size` of None is the preset's."""
-
-    section: ClassVar[str] = "data"
-
-    source: str = "stdlib"
-    text: tuple[str, ...] = ()
-    chat: tuple[str, ...] = ()
-    vocab_size: int | None = None
-    tokenizer: str | None = None
-    val_fraction: float = 0.05
-    max_bytes: int | None = None
-    dataset_config: str | None = None
-    dataset_split: str = "train"
-    dataset_column: str = "text"
-
-    def _validate(self) -> None:
-        self.spec(vocab_size=4096)
-
-    def spec(self, vocab_size: int | None = None) -> DataSpec:
-        """The same for `prepare_corpus`; `vocab_size` stands in where none is set."""
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
-        return DataSpec(**{**values, "vocab_size": self.vocab_size or vocab_size})
-
-
-@dataclass(frozen=True)
 class OptimConfig(Section):
     """How weights are updated; None is the recipe's.
 
@@ -331,7 +305,7 @@ class TrainConfig(Section):
 SECTIONS: dict[str, type[Any]] = {
     "model": ModelConfig,
     "quant": QuantConfig,
-    "data": DataConfig,
+    "data": DataSpec,
     "optim": OptimConfig,
     "train": TrainConfig,
 }
