@@ -181,7 +181,7 @@ class Learner:
         self.optimizer.collect_telemetry = telemetry
         try:
             loss = 0.0
-            batches = [self._batch(number) for number in range(self.accumulation)]
+            batches = [self._batch(micro_batch) for micro_batch in range(self.accumulation)]
             learnt = [
                 tokens.numel() if targets is None else int((targets != IGNORED).sum())
                 for tokens, targets in batches
