@@ -25,7 +25,7 @@ class Arm:
         against: Column of the table to the arm that this one is measured against there; None is the suite's.
         ternary_inference_of: The arm whose finished models this one measures with ternary weights, instead of
             training any.
-        tuning_steps: Length of the runs that find the learning rate; None is a quarter of the arm's.
+        tuning_steps: Length of the runs that find the learning rate; None is half the arm's.
     """
 
     name: str
@@ -301,9 +301,9 @@ def _scale() -> Suite:
         for tokens in (2, 4, 8):
             where = f"width {width}, {tokens} tokens a weight"
             size = {"model.hidden_size": width, "model.intermediate_size": 3 * width}
-            length = {"train.steps": tokens * weights // tokens_a_step}
             against = {name: f"{name}, {where}" for name in BASELINES}
             shortest = 2 * weights // tokens_a_step
+            length = {"train.steps": tokens * weights // tokens_a_step, "optim.warmup_steps": shortest // 5}
             arms += [
                 Arm(f"{name}, {where}", {**settings, **size, **length}, against, tuning_steps=shortest)
                 for name, settings in methods.items()
