@@ -21,6 +21,7 @@ from dqt.export.command import export
 from dqt.export.llama_cpp import next_log_probs
 from dqt.export.source import load_source
 from dqt.export.verify import Agreement
+from dqt.train import storage
 from export_helpers import VOCABULARY, saved_model
 
 TEXT = [os.__file__]
@@ -267,6 +268,8 @@ BAD_INPUT = {
     "{run} --to hf --verify --text {run}/none": "none does not exist",
     "{run} --to hf --out {run}": "exists already: give another --out",
     "{run} --to hf --out {run} --overwrite": "exists already: give another --out",
+    "{run} --to hf --out {run}/model --overwrite": "exists already: give another --out",
+    "{run} --to hf --out {checkpoint} --overwrite": "exists already: give another --out",
     "{run} --to hf --verify 60 --text {short}": "too few to verify 60",
 }
 
@@ -277,6 +280,7 @@ def test_bad_input(arguments: str, run: Path, tmp_path: Path, capsys: pytest.Cap
     checkpoint = tmp_path / "checkpoints" / "step-000001"
     checkpoint.mkdir(parents=True)
     (checkpoint / "state.json").write_text("{}")
+    storage._write_manifest(checkpoint)
     before = sorted(run.rglob("*"))
     places = {"run": run, "checkpoint": checkpoint, "short": tmp_path / "short.txt"}
     assert main(["export", *arguments.format(**places).split()]) == 2

@@ -11,6 +11,7 @@ from dqt.export.source import Source
 from dqt.export.verify import Agreement
 from dqt.tensor import QuantizedTensor
 
+CARD = "README.md"
 TRAIN_CONFIG = "train.toml"
 PAPER = "arXiv 2412.04787"
 
@@ -46,7 +47,7 @@ def write_card(
     notes: list[str] | None = None,
     agreement: Agreement | None = None,
 ) -> None:
-    """Writes README.md, and the training config beside it if the run still has it.
+    """Writes the card, and the training config beside it if the run still has it.
 
     Args:
         source: The model.
@@ -85,7 +86,7 @@ def write_card(
             "\n## Training\n",
             f"`dqt train {TRAIN_CONFIG}` repeats it, bit for bit on the same software.",
         ]
-    (directory / "README.md").write_text("\n".join(sections) + "\n", encoding="utf-8")
+    (directory / CARD).write_text("\n".join(sections) + "\n", encoding="utf-8")
 
 
 def _formats(source: Source) -> Counter[str]:

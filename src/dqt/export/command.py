@@ -127,15 +127,15 @@ def export(
     from dqt.export.gguf_file import write_gguf
     from dqt.export.hf import write_hf, write_hf_bitnet
     from dqt.export.source import load_source, without_masters
-    from dqt.train.storage import MANIFEST, staged_directory
+    from dqt.train.storage import staged_directory
 
     if verify_tokens is not None:
         verify.require_runtime(target)
     source = load_source(directory)
     path = out or source.directory.resolve().parent / "export" / target
-    ours = (path / MANIFEST).is_file()
-    if path.exists() and not (overwrite and ours):
-        advice = "add --overwrite, or " if ours else ""
+    earlier = _is_export(path)
+    if path.exists() and not (overwrite and earlier):
+        advice = "add --overwrite, or " if earlier else ""
         raise ModelError(f"{path} exists already: {advice}give another --out")
     sample = None if verify_tokens is None else verify.sample(source, verify_tokens, text)
     notes: list[str] = []
@@ -171,3 +171,11 @@ def _check(directory: Path, target: str, tokens: int | None, text: list[str] | N
     for path in text or ():
         if not Path(path).exists():
             raise DataError(f"{path} does not exist: give an existing text file or folder")
+
+
+def _is_export(path: Path) -> bool:
+    """Whether an export stands there: models and checkpoints have manifests too, but no card."""
+    from dqt.export.card import CARD
+    from dqt.train.storage import MANIFEST, load_json
+
+    return (path / MANIFEST).is_file() and CARD in load_json(path / MANIFEST).get("files", ())
