@@ -13,6 +13,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dqt.cli import main
 from dqt.errors import ModelError
@@ -21,6 +22,7 @@ from dqt.export.command import export
 from dqt.export.llama_cpp import next_log_probs
 from dqt.export.source import load_source
 from dqt.export.verify import Agreement
+from dqt.tensor import QuantizedTensor
 from dqt.train import storage
 from export_helpers import VOCABULARY, saved_model
 
@@ -147,6 +149,17 @@ def test_what_a_format_cannot_hold_is_refused(
     with pytest.raises(ModelError, match=message):
         export(run, target)
     assert not (run / "export" / target).exists()
+
+
+def test_scales_of_rows_that_are_the_same_are_one_scale_a_tensor(tmp_path: Path) -> None:
+    source = load_source(saved_model(tmp_path, per_row=True))
+    for parameter in source.model.parameters():
+        if isinstance(parameter, QuantizedTensor):
+            parameter.scale.fill_(0.25)
+    hf.write_hf_bitnet(source, tmp_path)
+    written = load_file(tmp_path / "model.safetensors")
+    scales = [tensor.tolist() for name, tensor in written.items() if name.endswith("weight_scale")]
+    assert scales == [[4.0]] * 7
 
 
 AWKWARD = [

@@ -70,7 +70,7 @@ def _check(name: str, weight: QuantizedTensor) -> None:
     advice = "use --to hf or --to gguf"
     if str(weight.format) != "ternary":
         raise ModelError(f"hf-bitnet holds ternary weights, {name} has {weight.format} bits: {advice}")
-    if weight.scale.ndim:
+    if not bool((weight.scale == weight.scale.flatten()[0]).all()):
         raise ModelError(f"hf-bitnet holds one scale a tensor, {name} has one a row: {advice}")
     if weight.shape[0] % 4:
         raise ModelError(f"hf-bitnet packs 4 rows together, {name} has {weight.shape[0]} rows: {advice}")
@@ -81,7 +81,7 @@ def _packed_tensors(model: nn.Module, packed: set[str]) -> Iterator[tuple[str, T
         if name in packed:
             assert isinstance(tensor, QuantizedTensor)
             yield name, pack_ternary(tensor.unpack())
-            yield f"{name}_scale", tensor.scale.reciprocal().reshape(1)
+            yield f"{name}_scale", tensor.scale.flatten()[:1].reciprocal()
         else:
             yield name, as_float(tensor)
 

@@ -2,8 +2,9 @@
 
 Every weight is rounded to nearest on the grid that the recipe for trained models says, or, with
 `quant.calibrate`, so that the layers' outputs on some of the training text stay near (GPTQ, `dqt.calibrate`).
-Weights of a run that are in the wanted format already keep their codes and scales. The loss before and after
-is measured on the same held-out text; the loss before on the float layers, without int8 activations.
+Weights of a run that are in the wanted format already keep their codes and scales, unless another scale rule,
+one scale a tensor in place of one a row, or calibration is asked for. The loss before and after is measured
+on the same held-out text; the loss before on the float layers, without int8 activations.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dqt.errors import ModelError
 from dqt.nn import set_quantized_weight
 from dqt.quantize import QuantizeReport, Rule
 from dqt.recipe import Recipe
+from dqt.recipes import recipe_for
 from dqt.start import RUN, Start
 from dqt.tensor import QuantizedTensor
 from dqt.train.pretrained import load_float
@@ -58,8 +60,8 @@ def adopt(
             f"--from {start.path}: {start.architecture} has no weights that dqt can train in low bits "
             f"({'; '.join(kinds)})"
         )
-    if start.kind == RUN and recipe.quantized:
-        _keep_codes(model, start, recipe)
+    if start.kind == RUN and recipe.quantized and sequences is None and _has_usual_grid(recipe):
+        _keep_codes(model, start)
     return model, report
 
 
@@ -80,15 +82,26 @@ def _require_plain_head(model: PreTrainedModel, start: Start) -> None:
         )
 
 
-def _keep_codes(model: PreTrainedModel, start: Start, recipe: Recipe) -> None:
-    """Puts a run's own codes and scales back wherever their format is the one that was asked for."""
+def _has_usual_grid(recipe: Recipe) -> bool:
+    """Whether nobody asked for a grid of another step; scales that are to be trained begin where they are."""
+    usual = recipe_for(recipe.method, recipe.bits, trained=True)
+    return recipe.headroom == usual.headroom and recipe.scale_rule in (usual.scale_rule, "learned")
+
+
+def _keep_codes(model: PreTrainedModel, start: Start) -> None:
+    """Puts a run's own codes and scales back wherever their format is the one that was asked for.
+
+    Where the recipe has one scale a row, that of a whole tensor becomes the one of each of its rows, so that
+    a checkpoint's tensors have the shapes that the config says.
+    """
     old = dict(load_model(start.path)[0].named_parameters())
     for name, weight in list(model.named_parameters()):
         own = old[name]
         if not (isinstance(own, QuantizedTensor) and isinstance(weight, QuantizedTensor)):
             continue
-        if own.format == weight.format:
-            kept = QuantizedTensor(own.codes, own.scale, own.format, own.shape, own.dtype, weight.products)
+        if own.format == weight.format and own.scale.ndim <= weight.scale.ndim:
+            scale = own.scale.expand_as(weight.scale).contiguous()
+            kept = QuantizedTensor(own.codes, scale, own.format, own.shape, own.dtype, weight.products)
             parameter = torch.nn.Parameter(kept)
             for module in model.modules():
                 if getattr(module, "weight", None) is weight:
