@@ -24,10 +24,11 @@ from dqt.train.config import Config
 from dqt.train.loop import TrainResult, train
 from dqt.train.pretrained import load_float, load_own_tokenizer
 from dqt.train.savedmodel import load_model
-from train_helpers import STDLIB, assert_same_tensors, metrics_of, without_times
+from train_helpers import STDLIB, assert_same_tensors, metrics_of, run_micro, without_times
 
 VOCABULARY = 300
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+GENERATION = {"do_sample": True, "temperature": 0.6, "eos_token_id": [0, 5]}
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 
@@ -43,6 +44,7 @@ def write_directory(path: Path, **changes: Any) -> Path:
                 parameter[::7, 3] *= 8
             elif "embed" in name:
                 parameter *= 10
+    model.generation_config.update(**GENERATION)
     model.save_pretrained(path)
     if changes:
         config = json.loads((path / "config.json").read_text()) | changes
@@ -51,8 +53,16 @@ def write_directory(path: Path, **changes: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_directory(tmp_path_factory.mktemp("from") / "trained")
+def starts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A directory, and a run from scratch, whose weights have one scale a tensor."""
+    folder = tmp_path_factory.mktemp("from")
+    run_micro(folder, quant__bits="4", quant__method="residual", train__steps=1)
+    return {"directory": write_directory(folder / "trained"), "run": folder / "run"}
+
+
+@pytest.fixture(scope="module")
+def directory(starts: dict[str, Path]) -> Path:
+    return starts["directory"]
 
 
 def run(start: Path, out: Path, resume: str | None = None, **values: Any) -> TrainResult:
@@ -123,40 +133,70 @@ def test_what_it_writes_is_whole(directory: Path, tmp_path: Path, capsys: pytest
     )
     assert model.config.max_position_embeddings == 64
     assert model.config.num_key_value_heads == 2
+    assert model.generation_config.to_dict() | GENERATION == model.generation_config.to_dict()
     for command in ("sample", "eval", "inspect"):
         assert main([command, str(out)]) == 0
     assert main(["inspect", str(out / "checkpoints" / "step-000004")]) == 0
     assert main(["export", str(out), "--to", "hf"]) == 0
+    exported = json.loads((out / "export" / "hf" / "generation_config.json").read_text())
+    assert exported | GENERATION == exported
     again = run(out / "export" / "hf", tmp_path / "again", quant__bits="8")
     assert again.summary["start"]["architecture"] == "llama"
     capsys.readouterr()
 
 
-def test_a_run_goes_on_with_its_own_codes(directory: Path, tmp_path: Path) -> None:
-    run(directory, tmp_path / "first", quant__bits="4")
-    kept = run(tmp_path / "first", tmp_path / "same", quant__bits="4", optim__lr=1e-12, train__steps=1)
-    other = run(tmp_path / "first", tmp_path / "other", quant__bits="8", optim__lr=1e-12, train__steps=1)
-    assert kept.directory.path != other.directory.path
-    first = load_file(tmp_path / "first" / "model" / "model.safetensors")
-    same = load_file(tmp_path / "same" / "model" / "model.safetensors")
-    codes = [name for name in first if name.endswith((".codes", ".scale"))]
-    assert len(codes) == 28
-    assert all(torch.equal(first[name], same[name]) for name in codes)
-    assert other.summary["start"]["converted_val_loss"] == pytest.approx(
-        kept.summary["start"]["converted_val_loss"], abs=0.02
-    )
+@pytest.mark.parametrize(
+    ("kind", "values", "kept"),
+    [
+        ("run", {}, True),
+        ("run", {"quant__per_row": False}, True),
+        ("run", {"quant__scale_rule": "learned"}, True),
+        ("run", {"quant__scale_rule": "absmean"}, False),
+        ("run", {"quant__calibrate": 2}, False),
+        ("directory", {}, True),
+        ("directory", {"quant__per_row": False}, False),
+    ],
+    ids=str,
+)
+def test_a_run_goes_on_with_its_own_codes_unless_told_otherwise(
+    starts: dict[str, Path], tmp_path: Path, kind: str, values: dict[str, Any], kept: bool
+) -> None:
+    first = starts[kind]
+    if kind == "directory":  # a run with one scale a row
+        first = run(first, tmp_path / "first", quant__bits="4", train__steps=1).directory.path
+    run(first, tmp_path / "next", quant__bits="4", optim__lr=1e-12, train__steps=1, **values)
+    before, after = (load_file(path / "model" / "model.safetensors") for path in (first, tmp_path / "next"))
+    names = [name for name in before if name.endswith((".codes", ".scale"))]
+    assert len(names) == 28
+    assert all(bool((before[name] == after[name]).all()) for name in names) is kept
+    assert {after[name].ndim > 0 for name in names if name.endswith(".scale")} == {
+        values.get("quant__per_row", True)
+    }
 
 
-def test_resume_gives_the_same_bits(directory: Path, tmp_path: Path) -> None:
-    whole = run(directory, tmp_path / "whole", quant__bits="4", train__steps=6)
-    run(directory, tmp_path / "parts", quant__bits="4", train__steps=6)
+def test_a_run_goes_on_in_more_bits(starts: dict[str, Path], tmp_path: Path) -> None:
+    result = run(starts["run"], tmp_path / "other", quant__bits="8", train__steps=1)
+    start = result.summary["start"]
+    assert start["converted_val_loss"] == pytest.approx(start["val_loss"], abs=0.02)
+
+
+@pytest.mark.parametrize("kind", ["directory", "run"])
+def test_resume_gives_the_same_bits(
+    starts: dict[str, Path], kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = run(starts[kind], tmp_path / "whole", quant__bits="4", train__steps=6)
+    run(starts[kind], tmp_path / "parts", quant__bits="4", train__steps=6)
     shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-000006")
-    parts = run(directory, tmp_path / "parts", resume="auto", quant__bits="4", train__steps=6)
+    assert main(["inspect", str(tmp_path / "parts" / "checkpoints" / "step-000004")]) == 0
+    parts = run(starts[kind], tmp_path / "parts", resume="auto", quant__bits="4", train__steps=6)
+    capsys.readouterr()
     name = "model/model.safetensors"
     assert_same_tensors(whole.directory.path / name, parts.directory.path / name)
     lines = [without_times(metrics_of(result.directory.path)) for result in (whole, parts)]
     assert lines[0] == lines[1]
     assert parts.summary["start"] == whole.summary["start"]
+    name = "model/generation_config.json"
+    assert (parts.directory.path / name).read_text() == (whole.directory.path / name).read_text()
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "mistral"])
@@ -202,6 +242,10 @@ def gguf(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_gguf_is_the_same_model(directory: Path, gguf: Path) -> None:
+    import gguf as reader
+
+    fields = reader.GGUFReader(gguf).fields
+    assert fields["general.sampling.temp"].contents() == pytest.approx(GENERATION["temperature"])
     start = find_start(gguf.parent)  # the only one in there
     assert (start.path, start.architecture, start.vocab_size) == (gguf, "llama", VOCABULARY)
     ours, theirs = load_float(find_start(directory)), load_float(start)
@@ -244,7 +288,7 @@ def set_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[P
     return write
 
 
-NORM = "model.norm.weight"
+NORM, BIAS = "model.norm.weight", "model.layers.0.self_attn.q_proj.bias"
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no tokenizer": (lambda path: (path / "tokenizer.json").unlink(), "tokenizer.json does not exist"),
     "no weights": (lambda path: (path / "model.safetensors").unlink(), "can't be loaded"),
@@ -262,9 +306,15 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda path: [(path / "config.json").unlink(), (path / "adapter_config.json").write_text("{}")],
         "peft adapter",
     ),
+    "a tensor too many": (
+        set_tensors(lambda t: t.update({BIAS: torch.full((32,), 5.0)})),
+        f"does not fit its config: unexpected {BIAS}",
+    ),
     "logits that are scaled": (
-        set_config(model_type="cohere", architectures=["CohereForCausalLM"]),
-        "changes its logits|does not fit",
+        lambda path: transformers.CohereForCausalLM(
+            transformers.CohereConfig(vocab_size=VOCABULARY, num_hidden_layers=1, **SIZES)
+        ).save_pretrained(path),
+        "cohere changes its logits after the head",
     ),
 }
 
@@ -278,6 +328,16 @@ def test_what_is_broken_is_named(directory: Path, tmp_path: Path, case: str) -> 
         run(tmp_path / "model", tmp_path / "run", quant__bits="8")
     assert str(caught.value).count("\n") <= 1
     assert not (tmp_path / "run").exists()
+
+
+def test_buffers_and_tied_heads_of_older_files_are_no_tensors_too_many(
+    directory: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(directory, tmp_path / "model")
+    embedding = load_float(find_start(directory)).get_input_embeddings().weight.detach().clone()
+    older = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "lm_head.weight": embedding}
+    set_tensors(lambda tensors: tensors.update(older))(tmp_path / "model")
+    assert torch.equal(load_float(find_start(tmp_path / "model")).get_output_embeddings().weight, embedding)
 
 
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.95])

@@ -42,6 +42,11 @@ class Start:
     config: dict[str, Any]
 
     @property
+    def folder(self) -> Path:
+        """Where its other files lie."""
+        return self.path.parent if self.kind == GGUF else self.path
+
+    @property
     def architecture(self) -> str:
         """`transformers`' name of it, as in "llama"."""
         return str(self.config["model_type"])

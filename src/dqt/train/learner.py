@@ -41,6 +41,7 @@ from dqt.train.losses import language_model_loss
 from dqt.train.metrics import finite
 from dqt.train.pretrained import float_config
 from dqt.train.resume import Found
+from dqt.train.savedmodel import take_generation_config
 from dqt.train.schedule import lr_factor
 
 if TYPE_CHECKING:
@@ -95,12 +96,15 @@ class Learner:
 
     def _build(self) -> tuple[PreTrainedModel, QuantizeReport]:
         """A new model; or one like that which training started from, for a checkpoint's tensors."""
-        return build_with_recipe(
+        model, report = build_with_recipe(
             model_config(self.config, self.corpus),
             self.recipe,
             self.config.quant.rules_to_bits,
             self.config.train.seed,
         )
+        if (start := self.config.model.start_from) is not None:
+            take_generation_config(model, find_start(start).folder)
+        return model, report
 
     def _adopts(self, fresh: bool) -> bool:
         return fresh and self.config.model.start_from is not None

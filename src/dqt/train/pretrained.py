@@ -1,7 +1,8 @@
 """The weights and the tokenizer of a model that training starts from: `float32`, and byte-level BPE.
 
 `transformers` reads directories and GGUF files; a run's packed weights become codes times scale. What would
-be filled in or left out in silence is refused: a tensor that is missing, of another shape, or not finite.
+be filled in or left out in silence is refused: a tensor that is missing, of another shape, not finite, or
+one that the architecture has no place for.
 The whole model is float once, 4 bytes a parameter, before it is converted.
 """
 
@@ -95,14 +96,13 @@ def load_own_tokenizer(start: Start) -> TextTokenizer:
 def _of_transformers(start: Start) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    folder, gguf = start.path, {}
+    gguf: dict[str, Any] = {}
     if start.kind == GGUF:
-        folder = start.path.parent
         gguf = {"gguf_file": start.path.name, "quantization_config": GgufConfig(dequantize=True)}
     try:
         with _quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
+                start.folder,
                 config=float_config(start),
                 dtype=torch.float32,
                 attn_implementation="sdpa",
@@ -116,7 +116,7 @@ def _of_transformers(start: Start) -> PreTrainedModel:
         raise
     except Exception as error:  # whatever the readers make of files that they can't read
         raise ModelError(f"--from {start.path} can't be loaded: {one_line(error)}") from error
-    for what in ("missing", "mismatched"):
+    for what in ("missing", "mismatched", "unexpected"):  # of these transformers leaves out what it knows
         if names := sorted(str(name) for name in found[f"{what}_keys"]):
             more = f" and {len(names) - 3} others" if names[3:] else ""
             raise ModelError(
@@ -142,6 +142,7 @@ def _of_run(start: Start) -> PreTrainedModel:
         for name, parameter in model.named_parameters():
             weight = weights[name]
             parameter.copy_(weight.dequantize() if isinstance(weight, QuantizedTensor) else weight)
+    model.generation_config = packed.generation_config
     return model
 
 

@@ -43,6 +43,7 @@ from dqt.packed import Packed, check, read_description
 from dqt.recipes import METHODS, Recipe, recipe_for
 from dqt.rules import QuantizeReport
 from dqt.sizes import packed_size
+from dqt.start import one_line
 from dqt.tensor import QuantizedTensor
 from dqt.train import storage
 from dqt.train.checkpoint import versions
@@ -121,10 +122,27 @@ def load_model(directory: str | Path) -> tuple[PreTrainedModel, TextTokenizer, d
             f"the model {rows}; put the tokenizer that it was trained with back"
         )
     storage.load_model_tensors(model, path / MODEL)
+    take_generation_config(model, path)
     for name, packed in described.items():
         weight: Any = model.get_parameter(name)
         check(name, weight, packed)
     return model.eval(), tokenizer, info
+
+
+def take_generation_config(model: PreTrainedModel, directory: Path) -> None:
+    """Gives a model the generation config in a directory, if there is one.
+
+    Raises:
+        ModelError: If it can't be read.
+    """
+    from transformers import GenerationConfig
+
+    path = directory / "generation_config.json"
+    if path.is_file():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+        except Exception as error:  # whatever transformers makes of what it can't read
+            raise ModelError(f"{path} can't be read: {one_line(error)}") from error
 
 
 def find_model(directory: str | Path) -> Path:
@@ -247,7 +265,7 @@ def _empty(path: Path, tensors: int) -> PreTrainedModel:
     except DqtError:
         raise
     except Exception as error:  # whatever transformers makes of a config that it can't read
-        raise ModelError(f"{path} makes no model: {' '.join(str(error).split())[:300]}") from error
+        raise ModelError(f"{path} makes no model: {one_line(error)}") from error
 
 
 def _make_low_bit(
