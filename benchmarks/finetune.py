@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from dqt.build import build_optimizer, prepare_model_
-from dqt.choices import FLOAT_PRODUCTS
+from dqt.choices import FLOAT_PRODUCTS, INT8_PRODUCTS
 from dqt.data.prepare import Corpus, prepare_corpus
 from dqt.data.sampler import Sampler
 from dqt.data.spec import DataSpec
@@ -54,8 +54,9 @@ ARMS: Mapping[
 ] = {  # and by what a rate is multiplied: coarser grids want higher ones
     "FP32 AdamW": (recipe_for("fp32", trained=True), 1.0),
     "8 bits": (recipe_for("strict", 8, trained=True, **STRICT), 1.0),
-    "8 bits, float activations": (
-        recipe_for("strict", 8, trained=True, products=FLOAT_PRODUCTS, **STRICT),
+    "8 bits, float products": (recipe_for("strict", 8, trained=True, products=FLOAT_PRODUCTS, **STRICT), 1.0),
+    "8 bits, int8 activations": (
+        recipe_for("strict", 8, trained=True, products=INT8_PRODUCTS, **STRICT),
         1.0,
     ),
     "4 bits + residual": (recipe_for("residual", 4, trained=True, **SMALL), 2.0),

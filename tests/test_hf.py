@@ -108,7 +108,7 @@ def test_converts_while_it_reads_as_quantize_does_afterwards(
         tmp_path / "f"
     )
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / "f")
-    dqt.quantize_(expected, **{"bits": "ternary", **settings})
+    dqt.quantize_(expected, **{"bits": "ternary", "trained": True, **settings})
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "f", quantization_config=dqt.DqtConfig(**settings))
     assert_same_model(expected, read)
     assert (read.lm_head.weight is read.model.embed_tokens.weight) == tied

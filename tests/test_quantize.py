@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from transformers import BitNetConfig, BitNetForCausalLM, LlamaConfig, LlamaForC
 from transformers.pytorch_utils import Conv1D
 
 import dqt
-from dqt.choices import FLOAT_PRODUCTS, Products
+from dqt.choices import FLOAT_PRODUCTS, INT8_PRODUCTS, Products
 from dqt.errors import ConfigError, DqtError
 from dqt.numerics.formats import FORMATS
 from dqt.numerics.scales import SCALE_RULES
@@ -227,6 +229,29 @@ def test_every_kind_of_weight_takes_every_format(bits: str, per_row: bool) -> No
             assert (error <= parameter.scale * 0.5 * 1.01).all()
     model(torch.arange(5)).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+# what is said -> rule, one scale a row, product of the forward pass
+TRAINED: list[tuple[dict[str, Any], str, bool, str]] = [
+    ({}, "gaussian", False, "int8"),
+    ({"trained": True}, "trained", True, "float"),
+    ({"trained": True, "scale_rule": "absmean"}, "absmean", True, "float"),
+    ({"trained": True, "per_row": False}, "trained", False, "float"),
+    ({"trained": True, "products": INT8_PRODUCTS}, "trained", True, "int8"),
+]
+
+
+@pytest.mark.parametrize(("settings", "rule", "per_row", "forward"), TRAINED, ids=str)
+def test_trained_weights_have_settings_of_their_own(
+    settings: dict[str, Any], rule: str, per_row: bool, forward: str
+) -> None:
+    model = Toy()
+    report = dqt.quantize_(model, 4, **settings)
+    weight = model.block["up"].weight
+    assert isinstance(weight, QuantizedTensor)
+    assert {entry.scale_rule for entry in report.converted} == {rule}
+    assert (weight.scale.ndim == 2) == per_row
+    assert weight.products == dataclasses.replace(INT8_PRODUCTS, forward=forward)
 
 
 def test_frozen_weights_stay_frozen() -> None:

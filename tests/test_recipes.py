@@ -16,7 +16,7 @@ from dqt.errors import ConfigError
 from dqt.numerics.formats import FORMATS
 from dqt.numerics.scales import default_scale_rule
 from dqt.optim import SGD, Adafactor, AdamW, PaperAdafactor, PaperAdamW
-from dqt.recipes import LR_WIDTH, METHODS, Recipe, lr_rule, recipe_for
+from dqt.recipes import FINE_TUNING_RATE, LR_WIDTH, METHODS, Recipe, lr_rule, recipe_for
 from dqt.tensor import QuantizedTensor
 
 
@@ -42,6 +42,16 @@ def test_defaults(bits: str | int | None, method: str, residual_bits: int) -> No
     assert (recipe.method, recipe.residual_bits) == (method, residual_bits)
     assert recipe.bits == ("ternary" if bits is None else str(bits))
     assert recipe.quantized
+
+
+@pytest.mark.parametrize("bits", list(FORMATS))
+@pytest.mark.parametrize("method", ["strict", "residual"])
+def test_trained_weights_are_fine_tuned_but_where_nothing_of_them_is_left(method: str, bits: str) -> None:
+    recipe = recipe_for(method, bits, trained=True)
+    assert (recipe.scale_rule, recipe.per_row, recipe.headroom) == ("trained", True, 1.0)
+    assert recipe.products == Products(forward="float")
+    assert recipe.lr == (FINE_TUNING_RATE if FORMATS[bits].bits >= 3 else None)
+    assert recipe_for(method, bits, trained=True, products=Products()).products == Products()
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -52,6 +52,7 @@ RULES = [
     ("gaussian", GAUSSIAN_STEP["4"] * math.sqrt(26 / 4)),
     ("absmean", 2 / 7),
     ("absmax", 4 / 7),
+    ("trained", 0.8 * 4 / 7),
     ("learned", GAUSSIAN_STEP["4"] * math.sqrt(26 / 4)),
     ("paper", 2 / 7),
 ]
@@ -91,6 +92,19 @@ def test_absmax_clips_nothing_above(fmt: Format, per_row: bool) -> None:
     reach = compute_scale(weight, fmt, "absmax", per_row) * fmt.half_range
     largest = weight.abs().amax(1, keepdim=True) if per_row else weight.abs().max()
     torch.testing.assert_close(reach, largest, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
+def test_the_rule_of_trained_weights_reaches_outliers_where_there_are_codes_for_it(fmt: Format) -> None:
+    weight = torch.randn(8, 16)
+    weight[:, 0] = 20.0
+    rule, share = {"3": ("absmax", 0.6), "4": ("absmax", 0.8)}.get(fmt.name, ("absmax", 1.0))
+    if fmt.bits < 3:
+        rule, share = "gaussian", 1.0
+    expected = compute_scale(weight, fmt, rule, per_row=True) * share
+    torch.testing.assert_close(
+        compute_scale(weight, fmt, "trained", per_row=True), expected, rtol=1e-3, atol=0
+    )
 
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)

@@ -35,7 +35,7 @@ from dqt.fused import fuse_, is_fused
 from dqt.nn import keep_state_dict_plain
 from dqt.numerics.scales import default_scale_rule
 from dqt.packed import Packed, check, describe, read_description
-from dqt.rules import Rule, Rules, initial_scale, output_heads, shared_weights
+from dqt.rules import Rule, Rules, initial_scale, output_heads, settings_for, shared_weights
 from dqt.sizes import packed_size
 from dqt.tensor import QuantizedTensor
 from dqt.train import storage
@@ -54,13 +54,14 @@ class DqtConfig(QuantizationConfigMixin):
     """How `from_pretrained` converts a float model, or what a saved model's low-bit weights are.
 
     Args:
-        bits: As of `dqt.quantize_`; so are `rules`, `scale_rule`, `headroom`, `per_row` and `products`, which
-            may be a mapping.
+        bits: As of `dqt.quantize_`; so are `rules`, `scale_rule`, `headroom`, `per_row`, `trained` and
+            `products`, which may be a mapping.
         rules: Glob patterns on module names, to bits or to None.
         scale_rule: How the grid step is set.
         headroom: A factor on it.
         per_row: One scale a row.
         products: Which products are integer.
+        trained: Whether the weights that are read were trained: true unless you say otherwise.
         fused: Whether the model is given to `dqt.fuse_`.
         baseline: "bitnet" for BitNet b1.58, whose weights stay float, as a saved model says.
         weights: The low-bit weights of a saved model, as `describe` gives them.
@@ -79,8 +80,9 @@ class DqtConfig(QuantizationConfigMixin):
         *,
         scale_rule: str | None = None,
         headroom: float = 1.0,
-        per_row: bool = False,
+        per_row: bool | None = None,
         products: Products | Mapping[str, Any] | None = None,
+        trained: bool = True,
         fused: bool = False,
         baseline: str | None = None,
         weights: list[dict[str, Any]] | None = None,
@@ -89,9 +91,11 @@ class DqtConfig(QuantizationConfigMixin):
         **unknown: Any,
     ) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]  # transformers has an enum of its own
-        self.bits, self.rules, self.scale_rule = str(bits), dict(rules or {}), scale_rule
-        self.headroom, self.per_row, self.fused = headroom, per_row, fused
-        self.products = products if isinstance(products, Products) else _products(products or {})
+        self.bits, self.rules, self.headroom = str(bits), dict(rules or {}), headroom
+        self.trained, self.fused = trained, fused
+        if products is not None and not isinstance(products, Products):
+            products = _products(products)
+        self.scale_rule, self.per_row, self.products = settings_for(trained, scale_rule, per_row, products)
         self.baseline, self.weights, self.format_version = baseline, weights, format_version
         for name in unknown:
             raise ConfigError(f"DqtConfig takes no {name!r}; {did_you_mean(name, vars(self))}")

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dqt.calibrate import input_products, round_for_output
-from dqt.choices import FLOAT_PRODUCTS, INT8_PRODUCTS, Products
+from dqt.choices import FLOAT_PRODUCTS, Products
 from dqt.errors import ConfigError
 from dqt.nn import set_quantized_weight
 from dqt.numerics.scales import default_scale_rule
@@ -27,6 +27,7 @@ from dqt.rules import (
     Rules,
     initial_scale,
     output_heads,
+    settings_for,
     shared_weights,
 )
 from dqt.tensor import QuantizedTensor
@@ -39,8 +40,9 @@ def quantize_(
     *,
     scale_rule: str | None = None,
     headroom: float = 1.0,
-    per_row: bool = False,
-    products: Products = INT8_PRODUCTS,
+    per_row: bool | None = None,
+    products: Products | None = None,
+    trained: bool = False,
     materialize: Callable[[str], None] | None = None,
     calibrate: Tensor | Mapping[str, Any] | None = None,
 ) -> QuantizeReport:
@@ -51,12 +53,14 @@ def quantize_(
         bits: "ternary", or 1 to 8, for every `nn.Linear` but the output head.
         rules: Glob pattern on module names ("*.mlp.*", "lm_head") to bits, or to None to leave float. The
             last matching rule wins, over the defaults too, and applies to embeddings and norm gains as well.
-        scale_rule: "gaussian", "absmean", "absmax"; by default the one of the format.
+        scale_rule: "gaussian", "absmean", "absmax", "trained"; by default the one of the format.
         headroom: Factor on the rule's scale. The scale is frozen, so a model that starts from small random
             weights needs a grid that reaches further than they do.
         per_row: One scale a row instead of one a tensor.
-        products: Which products are integer. An output head that a rule converts gets float products, because
-            its input is not quantized in the paper either.
+        products: Which products are integer; by default all. An output head that a rule converts gets float
+            products, because its input is not quantized in the paper either.
+        trained: Whether the weights were trained before, as floats: what is not given of the three above is
+            then scale_rule "trained", one scale a row, and a float product in the forward pass.
         materialize: For a model on the meta device: called with the name of a module that holds a weight,
             just before it is converted, to make its tensors real. One float weight at a time exists then;
             what stays float stays on the meta device.
@@ -74,6 +78,7 @@ def quantize_(
     decisions = Rules(bits, rules)
     if not 0 < headroom <= 1000:
         raise ConfigError(f"headroom={headroom} must be above 0, and 1000 at the most")
+    scale_rule, per_row, products = settings_for(trained, scale_rule, per_row, products)
     report = QuantizeReport()
     heads = output_heads(model)
     if calibrate is not None and materialize is not None:

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from dqt.choices import PRODUCTS, Products
+from dqt.choices import PRODUCTS, TRAINED_PRODUCTS, Products
 from dqt.errors import ConfigError, did_you_mean
 from dqt.numerics.formats import Format, parse_bits
 from dqt.recipe import FLOAT_METHODS, METHODS, Recipe
@@ -126,14 +126,19 @@ def _residual(fmt: Format) -> dict[str, Any]:
 def _of_trained(method: str, bits: str | None) -> dict[str, Any]:
     """What a trained model changes: it has its weights, and they have outliers.
 
-    So nothing is clipped, and every row has a step of its own. Loss on code after conversion of SmolLM2-135M,
-    2.155 as floats: 8 bits, absmax a row 2.180 (of which int8 activations are 0.024), absmax a tensor 2.245,
-    gaussian a row 3.67, gaussian a tensor 10.9; of other text, 2.203: 4 bits, absmax a row 2.87, gaussian a
-    row 10.0, absmax a tensor 14.0; ternary 15.8 to 17.8 by any rule: there it starts anew.
+    So every row has a step of its own, from 3 bits on one that reaches most of the largest weight, and
+    activations stay float in the forward pass. Loss on code after conversion of SmolLM2-135M, 2.155 as
+    floats: 8 bits, absmax a row 2.180 (of which int8 activations are 0.024), absmax a tensor 2.245, gaussian
+    a row 3.67, gaussian a tensor 10.9. Up to 2 bits, 15 and more by any rule, it starts anew, at the rate of
+    a new model.
     """
     changes: dict[str, Any] = {"lr": FINE_TUNING_RATE}
     if method in ("strict", "residual"):
-        changes |= {"init_gain": None, "headroom": 1.0, "per_row": True, "scale_rule": "absmax"}
+        assert bits is not None
+        if parse_bits(bits).bits <= 2:
+            del changes["lr"]
+        changes |= {"init_gain": None, "headroom": 1.0, "per_row": True, "scale_rule": "trained"}
+        changes["products"] = TRAINED_PRODUCTS
     return changes
 
 
@@ -188,7 +193,7 @@ LEARNING_RATES = {
 }
 
 FINE_TUNING_RATE = 5e-5
-"""Of trained models, by any method and at any width."""
+"""Of trained models, by any method and at any width, if their weights keep at least 3 bits."""
 
 LR_WIDTH = 128
 """The width at which the learning rates were measured, and the only one."""

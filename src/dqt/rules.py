@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from dqt.choices import INT8_PRODUCTS, TRAINED_PRODUCTS, Products
 from dqt.errors import ConfigError
 from dqt.numerics.formats import Format, parse_bits
 from dqt.numerics.scales import compute_scale
@@ -157,6 +158,19 @@ def linear_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The modules that `quantize_` converts without rules: every `nn.Linear` but the output head."""
     heads = output_heads(model)
     return [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m not in heads]
+
+
+def settings_for(
+    trained: bool, scale_rule: str | None, per_row: bool | None, products: Products | None
+) -> tuple[str | None, bool, Products]:
+    """What `dqt.quantize_` does where nothing else is said, for new weights or trained ones."""
+    if trained:
+        return (
+            scale_rule or "trained",
+            True if per_row is None else per_row,
+            products or TRAINED_PRODUCTS,
+        )
+    return scale_rule, bool(per_row), products or INT8_PRODUCTS
 
 
 def initial_scale(

@@ -167,9 +167,8 @@ class Config:
         products = {name: getattr(quant, name) for name in _PRODUCTS if getattr(quant, name) is not None}
         if products:
             environment: dict[str, Any] = {"environment": quant.environment} if quant.environment else {}
-            asked["products"] = replace(
-                recipe_for(quant.method, quant.bits, **environment).products, **products
-            )
+            default = recipe_for(quant.method, quant.bits, trained=trained, **environment).products
+            asked["products"] = replace(default, **products)
         return recipe_for(quant.method, quant.bits, trained=trained, **asked)
 
 
