@@ -18,8 +18,10 @@ from dqt.data.tokenizer import train_tokenizer
 from dqt.errors import ConfigError, DataError, DqtError, ModelError
 from dqt.models import build_config, build_model
 from dqt.plan import plan
+from dqt.recipes import recipe_for
 from dqt.start import find_start
 from dqt.tensor import QuantizedTensor
+from dqt.train.adopt import adopt
 from dqt.train.config import Config
 from dqt.train.loop import TrainResult, train
 from dqt.train.pretrained import load_float, load_own_tokenizer
@@ -211,13 +213,26 @@ def test_other_architectures(directory: Path, tmp_path: Path, kind: str) -> None
 
 
 def test_codes_chosen_on_the_text_are_nearer(directory: Path, tmp_path: Path) -> None:
-    losses = {
-        count: run(directory, tmp_path / str(count), quant__bits="4", quant__calibrate=count).summary["start"]
-        for count in (0, 8)
+    start = find_start(directory)
+    document = (STDLIB / "decoder.py").read_text(encoding="utf-8")
+    tokens = torch.tensor(load_own_tokenizer(start).core.encode(document).ids[: 24 * 64]).view(24, 64)
+
+    def logits(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return model(input_ids=tokens[16:], use_cache=False).logits
+
+    expected = logits(load_float(start))
+    errors = []
+    for sequences in (None, tokens[:16]):
+        model, _ = adopt(start, recipe_for("strict", 4, trained=True), {}, sequences, lambda model: None)
+        errors.append((logits(model) - expected).square().mean())
+    assert errors[1] < errors[0]
+    changed = {
+        n: run(directory, tmp_path / str(n), quant__bits="4", quant__calibrate=n).summary["start"]
+        for n in (0, 8)
     }
-    assert losses[0]["val_loss"] == losses[8]["val_loss"]
-    gaps = {n: abs(each["converted_val_loss"] - each["val_loss"]) for n, each in losses.items()}
-    assert gaps[8] < gaps[0]
+    assert changed[0]["val_loss"] == changed[8]["val_loss"]
+    assert changed[0]["converted_val_loss"] != changed[8]["converted_val_loss"]
 
 
 def test_the_plan_knows_the_sizes(directory: Path) -> None:

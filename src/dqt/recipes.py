@@ -47,7 +47,7 @@ def recipe_for(
             raise ConfigError(
                 f"method {method} has no --bits {bits}: leave bits out, or use method strict or residual"
             )
-        defaults: dict[str, Any] = {"method": method, "bits": None}
+        defaults: dict[str, Any] = {"method": method, "bits": None, "init_gain": _INIT_GAIN}
     else:
         fmt = parse_bits("ternary" if bits is None else bits)
         method = method or ("strict" if fmt.bits >= 5 else "residual")
@@ -82,6 +82,12 @@ def _of_environment(environment: str, settings: Mapping[str, Any]) -> dict[str, 
     return changes
 
 
+# Standard deviation of first weights times the root of their inputs, in all methods but `paper`. Micro with 4
+# layers, 1.25M tokens, one seed, FP32 and strict 8 bits at 2.5e-3, BitNet at 3e-3: gain 1 2.298, 2.309 and
+# 2.386; transformers' 0.02, a gain of 0.23 at this width, 2.318, 2.321 and 2.462; gain 1.5 2.442 (FP32) and
+# 2.418 (BitNet); 0.6 2.312 (FP32).
+_INIT_GAIN = 1.0
+
 # A ternary weight can't grow beyond its frozen scale, so it must start as long as float weights would become.
 # Gain 0.7: 3.02 nats, 1.0: 2.83, 1.5: 2.81 (micro, 0.6M tokens); 1.5: 2.413, 2.0: 2.456 (1.5M tokens).
 # transformers' 0.02, a gain of 0.23 at this width: 3.53.
@@ -89,12 +95,13 @@ _LOW_BIT_INIT_GAIN = 1.5
 
 
 def _strict(fmt: Format) -> dict[str, Any]:
-    # From 4 bits on the model's own small weights have room to grow on a grid coarser than the least-error
-    # one, at the price of its rounding noise. 8 bits against FP32 of the same seed, two seeds (micro, 1.5M
-    # tokens, lr 2.5e-3): headroom 3 +0.029, +0.026 nats; 2 +0.006, +0.016; 1.5 +0.004 (one seed).
+    # From 4 bits on weights have room to grow on a grid coarser than the least-error one, at the price of its
+    # rounding noise. 8 bits against FP32 of the same seed, two seeds, first weights of 0.02 (micro, 1.5M
+    # tokens, lr 2.5e-3): headroom 3 +0.029, +0.026 nats; 2 +0.006, +0.016; 1.5 +0.004 (one seed). With a gain
+    # of 1 and 1.25M tokens 2 and 1 are the same, 2.309.
     wide = fmt.bits >= 4
     return {
-        "init_gain": None if wide else _LOW_BIT_INIT_GAIN,
+        "init_gain": _INIT_GAIN if wide else _LOW_BIT_INIT_GAIN,
         "headroom": 2.0 if wide else 1.0,
         # 1 byte a weight, not 8. 8 bits against FP32 of the same seed, three seeds (micro, 1.5M tokens, lr
         # 2.5e-3): float32 moments +0.001, +0.028, +0.014 nats; factored second +0.016, +0.015, +0.000; int8
@@ -117,7 +124,7 @@ def _residual(fmt: Format) -> dict[str, Any]:
     return {
         # No first moment: 2.413 nats at 4e-3; beta1 = 0.9 at half the rate 2.561 (one seed, not tuned).
         "betas": (0.0, 0.95),
-        "init_gain": _LOW_BIT_INIT_GAIN if fmt.bits <= 2 else 1.0,
+        "init_gain": _LOW_BIT_INIT_GAIN if fmt.bits <= 2 else _INIT_GAIN,
         "residual_bits": 8,  # ternary: k = 8: 1.865, 6: 1.911, 4: 2.083
         "second_moment": "factored",  # ternary 1.865 against 1.876 with the full one
     }
@@ -132,12 +139,12 @@ def _of_trained(method: str, bits: str | None) -> dict[str, Any]:
     a row 3.67, gaussian a tensor 10.9. Up to 2 bits, 15 and more by any rule, it starts anew, at the rate of
     a new model.
     """
-    changes: dict[str, Any] = {"lr": FINE_TUNING_RATE}
+    changes: dict[str, Any] = {"lr": FINE_TUNING_RATE, "init_gain": None}
     if method in ("strict", "residual"):
         assert bits is not None
         if parse_bits(bits).bits <= 2:
             del changes["lr"]
-        changes |= {"init_gain": None, "headroom": 1.0, "per_row": True, "scale_rule": "trained"}
+        changes |= {"headroom": 1.0, "per_row": True, "scale_rule": "trained"}
         changes["products"] = TRAINED_PRODUCTS
     return changes
 
