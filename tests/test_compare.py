@@ -21,6 +21,7 @@ from dqt.compare.command import suite_of_files
 from dqt.compare.experiment import Experiment, select
 from dqt.compare.figures import frontier
 from dqt.compare.results import collect
+from dqt.compare.runs import LEDGER
 from dqt.compare.suites import SUITES
 from dqt.errors import ConfigError
 from train_helpers import micro_config
@@ -128,6 +129,39 @@ def test_divergence_and_failure_stop_nothing(tmp_path: Path) -> None:
     before = times(tmp_path)
     compare(tmp_path, good, bad, wrong, seeds=2)
     assert times(tmp_path) == before, "a diverged run would only diverge again"
+    (ledger, _) = sorted((tmp_path / "out" / "runs").glob(f"*/{LEDGER}"))
+    ledger.write_text(ledger.read_text().replace('"data": "', '"data": "of another text '))
+    compare(tmp_path, bad, seeds=2)
+    assert {name for name, time in times(tmp_path).items() if time != before[name]} == {ledger.parent.name}
+
+
+def test_a_rate_that_was_not_judged_is_named(tmp_path: Path) -> None:
+    wrong = arm(tmp_path, "wrong", quant__bits="8", train__memory_limit="1MB")
+    (found,) = compare(tmp_path, wrong, seeds=1, tuned=True)
+    assert found["lr"] is None
+    assert len([note for note in found["notes"] if "train.memory_limit is 1MB" in note]) >= 3
+
+
+def test_models_measured_with_ternary_weights(tmp_path: Path) -> None:
+    """A damaged one is a failed run, and what the user sets wins over what a quick run sets."""
+    suite = select(SUITES["paper"], ["*inference"])
+
+    def rows() -> list[dict[str, Any]]:
+        experiment = Experiment(suite, tmp_path, quick=True, settings={"train.steps": 3}, jobs=2)
+        experiment.run()
+        return collect(experiment)["arms"]
+
+    own, ternary = rows()
+    assert [run["step"] for run in own["runs"]] == [3, 3]
+    for stored, computed in zip(own["runs"], ternary["runs"], strict=True):
+        assert computed["val_loss"] != stored["val_loss"]
+        per_byte = stored["val_bpb"] / stored["val_loss"]
+        assert computed["val_bpb"] == pytest.approx(computed["val_loss"] * per_byte)
+    model = Path(own["runs"][0]["directory"]) / "model" / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:-1] + b"?")
+    (model.parent.parent / "ternary.json").unlink()
+    states = [run["state"] for run in rows()[1]["runs"]]
+    assert states == ["failed", "finished"]
 
 
 def test_tuning_finds_the_best_rate_of_its_grid(tmp_path: Path) -> None:

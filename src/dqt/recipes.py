@@ -64,9 +64,10 @@ def recipe_for(
 
 
 def _of_environment(environment: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What an environment changes in a recipe: float32 state becomes its own, and so do gradients.
+    """What an environment changes in a recipe: moments become its own, as in the paper, and so do gradients.
 
-    A factored second moment stays, and where there is no first moment none appears.
+    So does strict's int8 first moment. A factored second moment stays, and where there is no first moment
+    none appears.
     """
     if environment not in ("bf16", "fp8"):
         return {}

@@ -39,7 +39,9 @@ def main(run: Run, log: Path, cache_dir: Path) -> None:
         result = _train(run, cache_dir)
     except DivergedError as error:
         step = directory.read_record().get("summary", {}).get("step", 0) + 1
-        storage.write_text(ledger, storage.to_json({"step": step, "error": str(error)}))
+        storage.write_text(
+            ledger, storage.to_json({"data": run.data_hash, "step": step, "error": str(error)})
+        )
         print(error)
     except DqtError as error:
         print(f"dqt: error: {str(error).replace(chr(10), ' ')}")  # a line, which is what the table shows

@@ -18,12 +18,12 @@ from typing import Any, TextIO
 
 from dqt.baselines import ternarize_
 from dqt.compare import pool as pools
-from dqt.compare.runs import MISSING, Outcome, Run, fingerprint, place
+from dqt.compare.runs import FAILED, MISSING, Outcome, Run, fingerprint, place
 from dqt.compare.suites import QUICK, Arm, Suite
 from dqt.compare.tuning import MOST_RATES, best_rate, next_rates
 from dqt.data.prepare import Corpus, prepare_corpus
 from dqt.data.tokenizer import token_byte_lengths
-from dqt.errors import ConfigError, did_you_mean
+from dqt.errors import ConfigError, DqtError, did_you_mean
 from dqt.evaluate import evaluate
 from dqt.models import build_config
 from dqt.train import storage
@@ -89,6 +89,11 @@ class ArmResult:
             max(self.tuning_outcomes),
         ):
             found.append("the best rate is at an end of those tried")
+        found += [
+            f"lr {rate:.3g} is unknown: its run {pools.describe(outcome)}"
+            for rate, outcome in sorted(self.tuning_outcomes.items())
+            if outcome.state == FAILED
+        ]
         return found
 
 
@@ -124,7 +129,7 @@ class Experiment:
         self.suite, self.folder, self.quick = suite, folder, quick
         self.seeds = range(seeds or (min(suite.seeds, QUICK_SEEDS) if quick else suite.seeds))
         self.tuned = suite.tuned and not quick if tuned is None else tuned
-        self.settings = {**(settings or {}), **(QUICK if quick else {})}
+        self.settings = {**(QUICK if quick else {}), **(settings or {})}
         self.interrupted = False
         self.console = Console(stream)
         self.pool = pools.Pool(folder, jobs, self.console, live=stream is not None and stream.isatty())
@@ -150,9 +155,12 @@ class Experiment:
             self._train()
         except KeyboardInterrupt:
             self.interrupted = True
-        for result in self.results:
-            if result.arm.ternary_inference_of is not None:
-                self._evaluate(result)
+        try:
+            for result in self.results:
+                if result.arm.ternary_inference_of is not None:
+                    self._evaluate(result)
+        except KeyboardInterrupt:
+            self.interrupted = True
 
     def prepare(self) -> None:
         """Reads the text of every arm, once, before any process needs it."""
@@ -277,34 +285,44 @@ class Experiment:
         for seed, run in of.runs.items():
             outcome = of.outcomes[seed]
             if outcome.state == FINISHED:
-                loss = ternary_loss(run, self.corpora[run.config.data])
-                outcome = Outcome(FINISHED, outcome.step, summary={**outcome.summary, "val_loss": loss})
+                try:
+                    found = ternary_loss(run, self.corpora[run.config.data])
+                    outcome = Outcome(FINISHED, outcome.step, summary={**outcome.summary, **found})
+                except (DqtError, OSError) as error:
+                    outcome = Outcome(FAILED, outcome.step, str(error).replace("\n", " "))
             result.runs[seed], result.outcomes[seed] = run, outcome
 
 
-def ternary_loss(run: Run, corpus: Corpus) -> float:
-    """Validation loss of a finished run's model with its linear weights made ternary; measured once."""
+def ternary_loss(run: Run, corpus: Corpus) -> dict[str, float]:
+    """`val_loss` and `val_bpb` of a finished model with its linear weights made ternary; measured once."""
     kept = run.directory.path / "ternary.json"
     manifest = hashlib.sha256((run.directory.model / storage.MANIFEST).read_bytes()).hexdigest()
-    if kept.is_file() and (content := storage.load_json(kept)).get("model") == manifest:
-        return float(content["val_loss"])
+    if (
+        kept.is_file()
+        and (content := storage.load_json(kept)).get("model") == manifest
+        and "val_bpb" in content
+    ):
+        return {name: float(content[name]) for name in ("val_loss", "val_bpb")}
     model, tokenizer, _ = load_model(run.directory.path)
     ternarize_(model)
     train = run.config.train
-    loss = evaluate(
+    found = evaluate(
         model,
         corpus.val,
         required(train.seq_len),
         train.eval_windows,
         token_bytes=token_byte_lengths(tokenizer),
         batch_size=required(train.batch_size),
-    ).loss
-    storage.write_text(kept, storage.to_json({"model": manifest, "val_loss": loss}))
-    return loss
+    )
+    losses = {"val_loss": found.loss, "val_bpb": found.bits_per_byte}
+    storage.write_text(kept, storage.to_json({"model": manifest, **losses}))
+    return losses
 
 
 def select(suite: Suite, patterns: list[str]) -> Suite:
-    """The suite with those of its arms that a pattern names, and what they are measured against.
+    """The suite with those of its arms that a pattern names, and those whose models they measure.
+
+    What they are measured against comes only if it is named too.
 
     Raises:
         ConfigError: If a pattern names none.

@@ -118,7 +118,10 @@ def read_outcome(run: Run) -> Outcome:
     try:
         ledger = directory.path / LEDGER
         if ledger.is_file():
-            return Outcome(DIVERGED, **storage.load_json(ledger))
+            content = storage.load_json(ledger)
+            if content.pop("data", None) != run.data_hash:
+                return Outcome(MISSING)
+            return Outcome(DIVERGED, **content)
         record = directory.read_record()
         summary = record.get("summary", {})
         if record.get("state") != FINISHED or summary.get("data", {}).get("hash") != run.data_hash:
