@@ -224,6 +224,16 @@ def test_bad_lines_are_named(line: str, message: str, tmp_path: Path) -> None:
     assert message in str(caught.value)
 
 
+def test_a_line_ends_at_a_line_feed_alone(tmp_path: Path) -> None:
+    text = "a\u2028b\u2029c\x85d"
+    line = json.dumps({"prompt": text, "completion": text}, ensure_ascii=False)
+    path = tmp_path / "talks.jsonl"
+    path.write_bytes(f"{line}\r\n\r\n{line}\n".encode())
+    found = read_conversations([path])
+    assert [each.name for each in found.documents] == ["talks.jsonl:1", "talks.jsonl:3"]
+    assert [json.loads(each.text) for each in found.documents] == [turns(text, text)] * 2
+
+
 def test_other_refusals(tmp_path: Path, chat: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "one.jsonl").write_text(lines(1)[0])
     with pytest.raises(DataError, match="one conversation cannot be split"):

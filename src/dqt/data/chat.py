@@ -52,7 +52,8 @@ def read_conversations(paths: Iterable[str | Path]) -> SourceText:
         if not root.exists() or not files:
             raise DataError(f"{root} holds no conversations: give a JSONL file, or a folder with *.jsonl")
         for path in files:
-            for number, line in enumerate(read_utf8(path).splitlines(), start=1):
+            # Not splitlines: JSON may hold U+2028 and other ends of lines as they are.
+            for number, line in enumerate(read_utf8(path).split("\n"), start=1):
                 if line.strip():
                     messages = _messages(line, f"{path}, line {number}")
                     text = json.dumps(messages, ensure_ascii=False)
