@@ -25,6 +25,7 @@ from dqt.train.adopt import adopt
 from dqt.train.config import Config
 from dqt.train.loop import TrainResult, train
 from dqt.train.pretrained import load_float, load_own_tokenizer
+from dqt.train.rundir import run_name
 from dqt.train.savedmodel import load_model
 from train_helpers import STDLIB, assert_same_tensors, metrics_of, run_micro, without_times
 
@@ -233,6 +234,21 @@ def test_codes_chosen_on_the_text_are_nearer(directory: Path, tmp_path: Path) ->
     }
     assert changed[0]["val_loss"] == changed[8]["val_loss"]
     assert changed[0]["converted_val_loss"] != changed[8]["converted_val_loss"]
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/models/Llama-3.2-1B/", "Llama-3.2-1B"),
+        ("/models/smol.Q4_1.gguf", "smol.Q4_1"),
+        ("/runs/tiny-4-strict/model", "tiny-4-strict"),
+        ("/runs/tiny-4-strict", "tiny-4-strict"),
+        ("/model", "model"),
+    ],
+)
+def test_what_a_run_is_called_after(path: str, name: str) -> None:
+    config = Config().override({"model.start_from": path, "quant.bits": "8", "quant.method": "strict"})
+    assert run_name(config) == f"{name}-8-strict"
 
 
 def test_the_plan_knows_the_sizes(directory: Path) -> None:

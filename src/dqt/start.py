@@ -68,6 +68,14 @@ class Start:
         return limit if type(limit) is int and limit > 0 else None
 
 
+def name_of(path: str | Path) -> str:
+    """What a person calls the model at a path: a directory's name, a run's, or that of a GGUF file."""
+    path = Path(path).absolute()
+    if path.suffix == ".gguf":
+        return path.stem
+    return (path.parent.name if path.name == "model" else "") or path.name
+
+
 def find_start(path: str | Path) -> Start:
     """Looks at what lies at a path.
 

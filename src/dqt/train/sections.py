@@ -7,13 +7,13 @@ then; see `dqt.train.config.resolve`. What can only be told from several section
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, ClassVar
 
 from dqt.data.spec import DataSpec
 from dqt.errors import ConfigError
 from dqt.models import ARCHITECTURES, PRESETS
 from dqt.numerics.formats import parse_bits
+from dqt.start import name_of
 from dqt.train.guard import IGNORE, ON_NONFINITE, ON_SPIKE, STOP
 from dqt.train.schedule import SCHEDULES
 from dqt.train.section import Section
@@ -85,8 +85,8 @@ class ModelConfig(Section):
 
     @property
     def name(self) -> str:
-        """What a person calls the model: the preset's name, or that of the file it starts from."""
-        return Path(self.start_from).stem if self.start_from is not None else str(self.preset)
+        """What a person calls the model: the preset's name, or that of what it starts from."""
+        return name_of(self.start_from) if self.start_from is not None else str(self.preset)
 
     @property
     def overrides(self) -> dict[str, Any]:
