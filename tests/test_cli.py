@@ -243,6 +243,7 @@ BAD_INPUT: dict[str, str] = {
     "eval {run} --text {tmp}/none.txt": "none.txt does not exist",
     "eval {run} --text {tmp}/latin.txt": "offset 3",
     "eval {run} --windows 0": "--windows must be at least 1",
+    "eval {run} --limit 5": "--limit is about the examples of --tasks",
     "eval": "required: RUN",
     "sample {tmp}": "holds no model",
     "sample {run} --tokens 0": "must be at least 1, not 0",

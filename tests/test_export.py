@@ -15,18 +15,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dqt.choices import Products
 from dqt.cli import main
-from dqt.errors import ModelError
+from dqt.errors import ConfigError, ModelError
 from dqt.export import gguf_file, gguf_vocab, hf
 from dqt.export.command import export
 from dqt.export.llama_cpp import next_log_probs
-from dqt.export.source import load_source
-from dqt.export.verify import Agreement
+from dqt.export.source import copy_tokenizer, load_source
+from dqt.export.verify import Agreement, sample
 from dqt.tensor import QuantizedTensor
 from dqt.train import storage
 from export_helpers import VOCABULARY, saved_model
 
-TEXT = [os.__file__]
+SPECIAL = "<|endoftext|>"
+TEXT = [os.__file__, __file__]
+"""What exports are verified on; this file holds a special token, which is text there."""
 GROUPED = {"num_key_value_heads": 2}
 
 # What is exported, where to, and what the GGUF file holds most of.
@@ -48,6 +51,16 @@ CASES: list[tuple[dict[str, Any], str, str | None]] = [
     ({"bits": 3}, "gguf", "Q4_0"),
     ({"bits": 4, "rules": {"*embed_tokens": 8}}, "gguf", "Q4_0"),
     ({"bits": 8, "sizes": {"tie_word_embeddings": False}}, "gguf", "Q8_0"),
+    (
+        {
+            "bits": 8,
+            "products": Products(compute_bits="ternary"),
+            "rules": {"*embed_tokens": 8},
+            "sizes": {"tie_word_embeddings": False},
+        },
+        "gguf",
+        "TQ2_0",
+    ),
     ({"bits": 4, "method": "paper"}, "gguf", "Q4_0"),
     ({"bits": None, "method": "fp32"}, "gguf", "F16"),
 ]
@@ -165,7 +178,7 @@ def test_scales_of_rows_that_are_the_same_are_one_scale_a_tensor(tmp_path: Path)
 AWKWARD = [
     "don't  we'll\tHE'S\r\n\n   x=1_000  \n",
     "naïve Straße 北京 \u200b\u00a0 e\u0301 🙂👩‍👩‍👧 ½²३",
-    "<|endoftext|> is text here",
+    f"{SPECIAL} is text here",
     "    def f(a: int=0) -> None:  # ???!!!\n        return ...",
 ]
 
@@ -262,6 +275,18 @@ def test_a_tokenizer_that_llama_cpp_lacks_is_refused(
         gguf_vocab.read_vocabulary(tokenizer_with(tmp_path, **changes), VOCABULARY)
 
 
+@pytest.mark.parametrize(("context", "tokens"), [(32, 5000), (8192, 8000), (8192, 60)])
+def test_as_much_is_compared_as_was_asked_for(run: Path, context: int, tokens: int, tmp_path: Path) -> None:
+    source = load_source(run)
+    source.model.config.max_position_embeddings = context
+    sizes = [len(window) - 1 for window in sample(source, tokens, TEXT).windows]
+    assert tokens <= sum(sizes) < tokens + context
+    assert max(sizes) < context
+    (tmp_path / "some.txt").write_text("Some words of text.\n" * tokens)
+    with pytest.raises(ConfigError, match=f"too few to verify {99 * tokens}"):
+        sample(source, 99 * tokens, [str(tmp_path)])
+
+
 # -- the command ---------------------------------------------------------------------------------------------
 
 
@@ -283,7 +308,8 @@ BAD_INPUT = {
     "{run} --to hf --out {run} --overwrite": "exists already: give another --out",
     "{run} --to hf --out {run}/model --overwrite": "exists already: give another --out",
     "{run} --to hf --out {checkpoint} --overwrite": "exists already: give another --out",
-    "{run} --to hf --verify 60 --text {short}": "too few to verify 60",
+    "{run} --to hf --verify 60 --text {short}": "too few to verify 60 in windows of 31",
+    "{run} --to hf --lossless": "--lossless is about the blocks of gguf",
 }
 
 
@@ -336,6 +362,31 @@ def test_an_export_is_replaced_only_when_asked(run: Path, capsys: pytest.Capture
     assert main(["export", str(run / "model"), "--to", "hf", "--out", str(out)]) == 2
     assert "add --overwrite" in capsys.readouterr().err
     assert main(["export", str(run), "--to", "hf", "--out", str(out), "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("saved_by", "config", "told"),
+    [
+        ("dqt", "[train]\nsteps = 3\n", True),
+        ("dqt", "[tool.other]\nsteps = 3\n", False),
+        ("transformers", "[train]\nsteps = 3\n", False),
+    ],
+)
+def test_only_a_runs_own_config_says_how_a_model_was_trained(
+    saved_by: str, config: str, told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = saved_model(tmp_path) / "model"
+    (tmp_path / "config.toml").write_text(config)
+    if saved_by == "transformers":
+        source = load_source(path)
+        path = tmp_path / "saved"
+        source.model.save_pretrained(path)
+        copy_tokenizer(source, path)
+        assert main(["eval", str(path)]) == 2
+        assert "no config.toml beside it" in capsys.readouterr().err
+    result = export(path, "hf")
+    assert ("train.toml" in result.files) is told
+    assert ("## Training" in (result.path / "README.md").read_text(encoding="utf-8")) is told
 
 
 def test_large_models_are_written_in_shards(

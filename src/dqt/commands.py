@@ -81,6 +81,8 @@ def run_eval(arguments: argparse.Namespace) -> int:
     _require_directory(arguments.directory)
     if arguments.tasks is not None:
         return harness.run(arguments)
+    if arguments.limit is not None:
+        raise ConfigError("--limit is about the examples of --tasks: add these, or give --windows instead")
     flags.require_paths(arguments.text or ())
     if arguments.windows is not None and arguments.windows < 1:
         raise ConfigError(f"--windows must be at least 1, not {arguments.windows}")
@@ -181,10 +183,10 @@ def _require_directory(path: Path) -> None:
 def _run_config(directory: Path) -> Config:
     """The config of a run, given its directory or its model's."""
     from dqt.train.config import Config
+    from dqt.train.savedmodel import config_beside, find_model
 
-    for path in (directory / "config.toml", directory.resolve().parent / "config.toml"):
-        if path.is_file():
-            return Config.from_toml(path)
+    if (path := config_beside(find_model(directory))) is not None:
+        return Config.from_toml(path)
     raise ModelError(f"{directory} has no config.toml beside it that names its held-out text: give --text")
 
 

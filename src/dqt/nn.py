@@ -236,6 +236,12 @@ def _few_tokens(input: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> 
     return y.to(input.dtype).view(*input.shape[:-1], outputs)
 
 
+def computes_ternary(module: nn.Module) -> bool:
+    """Whether a layer ternarizes the codes that it stores as it computes; embeddings never do."""
+    weight = module.weight if isinstance(module, nn.Linear) else None
+    return isinstance(weight, QuantizedTensor) and weight.products.compute_bits == "ternary"
+
+
 class _QuantizedEmbedding(torch.autograd.Function):
     """Rows of a `QuantizedTensor` by index: only the rows that are used are unpacked."""
 

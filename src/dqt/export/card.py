@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from dqt import __version__
+from dqt.errors import ConfigError
 from dqt.export.source import Source
 from dqt.export.verify import Agreement
 from dqt.tensor import QuantizedTensor
+from dqt.train.savedmodel import config_beside
 
 CARD = "README.md"
 TRAIN_CONFIG = "train.toml"
@@ -146,12 +148,15 @@ def _method(info: dict[str, Any]) -> str:
 
 
 def _train_config(source: Source) -> str | None:
-    """The run's config without the place where it was written."""
+    """The run's config without the place where it was written, if it can still be read."""
     from dqt.train.config import Config
 
-    path = source.directory.resolve().parent / "config.toml"
-    if not path.is_file():
+    path = config_beside(source.directory)
+    if path is None:
         return None
-    content = Config.from_toml(path).to_dict()
+    try:
+        content = Config.from_toml(path).to_dict()
+    except ConfigError:
+        return None
     content["train"].pop("out", None)
     return Config.from_dict(content).to_toml()

@@ -121,7 +121,7 @@ def export(
         ConfigError: If an argument makes no sense, or a package is missing.
         ModelError: If the model can't be exported so, the result can't be written, or does not verify.
     """
-    _check(directory, target, verify_tokens, text)
+    _check(directory, target, lossless, verify_tokens, text)
 
     from dqt.export import card, verify
     from dqt.export.gguf_file import write_gguf
@@ -159,9 +159,11 @@ def export(
     return Export(path, files, notes, agreement)
 
 
-def _check(directory: Path, target: str, tokens: int | None, text: list[str] | None) -> None:
+def _check(directory: Path, target: str, lossless: bool, tokens: int | None, text: list[str] | None) -> None:
     if target not in TARGETS:
         raise ConfigError(f"unknown export format {target!r}; {did_you_mean(target, TARGETS)}")
+    if lossless and target != "gguf":
+        raise ConfigError(f"--lossless is about the blocks of gguf, and {target} has none: leave it out")
     if tokens is not None and tokens < 1:
         raise ConfigError(f"--verify must compare at least 1 token, not {tokens}")
     if text and tokens is None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dqt.baselines import BitLinear
 from dqt.data.tokenizer import TextTokenizer
 from dqt.errors import ModelError
-from dqt.nn import set_quantized_weight
+from dqt.nn import computes_ternary, set_quantized_weight
 from dqt.numerics.formats import parse_bits
 from dqt.tensor import QuantizedTensor
 from dqt.train.savedmodel import INFO, find_model, load_model
@@ -44,7 +44,7 @@ class Source:
 
     Attributes:
         directory: Its `model/`.
-        model: In evaluation mode, as `dqt sample` and `dqt eval` compute it.
+        model: In evaluation mode, as `dqt sample` and `dqt eval` compute it, but without their autocast.
         tokenizer: Its tokenizer.
         info: The content of `dqt.json`.
     """
@@ -98,27 +98,24 @@ def without_masters(source: Source) -> Source:
 
     These are the float master weights of `BitLinear`s, and integers with `quant.compute_bits` = "ternary".
     """
-    if not any(isinstance(m, BitLinear) or _computes_ternary(m) for m in source.model.modules()):
+    if not any(isinstance(m, BitLinear) or computes_ternary(m) for m in source.model.modules()):
         return source
     model, ternary = copy.deepcopy(source.model), parse_bits("ternary")
     for module in model.modules():
+        stored: Any = getattr(module, "weight", None)
         if isinstance(module, BitLinear):
             weight = module.weight
             scale = weight.detach().abs().mean().clamp_min(1e-5)
             module.__class__ = nn.Linear  # type: ignore[assignment]
             set_quantized_weight(module, nn.Parameter(QuantizedTensor.from_float(weight, scale, ternary)))
-        elif _computes_ternary(module):
-            stored: Any = module.weight
+        elif computes_ternary(module):
             codes, scale = stored.product_codes()
             products = dataclasses.replace(stored.products, compute_bits="stored")
             computed = QuantizedTensor.from_float(codes * scale, scale, ternary, products)
             set_quantized_weight(module, nn.Parameter(computed))
+        elif isinstance(stored, QuantizedTensor):
+            stored.products = dataclasses.replace(stored.products, compute_bits="stored")
     return replace(source, model=model)
-
-
-def _computes_ternary(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, QuantizedTensor) and weight.products.compute_bits == "ternary"
 
 
 def exported_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -172,19 +172,27 @@ def sample(source: Source, tokens: int, text: Sequence[str] | None = None) -> Sa
     Raises:
         ConfigError: If there is too little text.
     """
+    source.tokenizer.core.encode_special_tokens = True  # text is text here, as it was in training
     documents = [document.text for document in (read_paths(text) if text else read_stdlib()).documents]
     encode = source.tokenizer.core.encode
     # llama.cpp wants room for the token after a window.
     length = min(source.model.config.max_position_embeddings - 1, tokens)
     count = -(-tokens // length)
-    # Enough of the text for twice the windows, from evenly spaced documents.
-    picked = [documents[i * len(documents) // (4 * count)] for i in range(min(4 * count, len(documents)))]
-    excerpts = [text[:4096] for text in picked]
-    ids = [token for text in excerpts for token in encode(text, add_special_tokens=False).ids]
-    if len(ids) <= length:
-        raise ConfigError(
-            f"the text has {len(ids)} tokens, too few to verify {tokens}: give more with --text"
-        )
+    needed = count * length + 1
+    # Beginnings of evenly spaced documents; more and longer ones until there are enough.
+    share, size = 4 * count, 4096
+    while True:
+        share = min(share, len(documents))
+        excerpts = [documents[i * len(documents) // share][:size] for i in range(share)]
+        ids = [token for text in excerpts for token in encode(text, add_special_tokens=False).ids]
+        if len(ids) >= needed:
+            break
+        if share == len(documents) and size >= max(map(len, documents)):
+            raise ConfigError(
+                f"the text has {len(ids)} tokens, too few to verify {tokens} in windows of {length}: "
+                "give more with --text"
+            )
+        share, size = 4 * share, 4 * size
     starts = fixed_windows(len(ids), length, count)
     return Sample([ids[start : start + length + 1] for start in starts], excerpts)
 
@@ -246,7 +254,10 @@ def _in_transformers(source: Source, path: Path, sample: Sample) -> Found:
             found = list(_log_probs(model.eval(), sample.windows))
     except (OSError, RuntimeError, ValueError) as error:
         raise ModelError(f"transformers does not run {path}: {' '.join(str(error).split())[:300]}") from error
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in sample.texts]
+    ids = [
+        tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        for text in sample.texts
+    ]
     return f"transformers {transformers.__version__}", lambda: iter(found), ids
 
 

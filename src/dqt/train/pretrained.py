@@ -22,6 +22,7 @@ from dqt.baselines import BitLinear
 from dqt.data.tokenizer import TextTokenizer, load_tokenizer, require_byte_level
 from dqt.errors import DataError, DqtError, ModelError
 from dqt.models import Initializer, empty_model
+from dqt.nn import computes_ternary
 from dqt.start import GGUF, RUN, Start, one_line
 from dqt.tensor import QuantizedTensor
 from dqt.train.savedmodel import load_model
@@ -128,7 +129,7 @@ def _of_transformers(start: Start) -> PreTrainedModel:
 def _of_run(start: Start) -> PreTrainedModel:
     """A run's model in plain layers, its low-bit weights as floats."""
     packed, _, _ = load_model(start.path)
-    if any(isinstance(module, BitLinear) or _computes_other_codes(module) for module in packed.modules()):
+    if any(isinstance(module, BitLinear) or computes_ternary(module) for module in packed.modules()):
         raise ModelError(
             f"--from {start.path}: its layers round their weights again as they compute\n"
             f"write what they compute with: dqt export {start.path} --to hf"
@@ -144,11 +145,6 @@ def _of_run(start: Start) -> PreTrainedModel:
             parameter.copy_(weight.dequantize() if isinstance(weight, QuantizedTensor) else weight)
     model.generation_config = packed.generation_config
     return model
-
-
-def _computes_other_codes(module: torch.nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, QuantizedTensor) and weight.products.compute_bits != "stored"
 
 
 # -- the tokenizer of a GGUF file ----------------------------------------------------------------------------

@@ -158,6 +158,15 @@ def find_model(directory: str | Path) -> Path:
     raise ModelError(f"{directory} holds no model ({INFO} is missing): give a finished run, or its model/")
 
 
+def config_beside(model: Path) -> Path | None:
+    """The config of the run that a model's directory lies in, if it still does.
+
+    What `save_pretrained` wrote may lie beside anybody's config.toml, and is of no run of dqt.
+    """
+    path = model.resolve().parent / "config.toml"
+    return path if (model / INFO).is_file() and path.is_file() else None
+
+
 def _is_pretrained(directory: Path) -> bool:
     """Whether `save_pretrained` wrote low-bit weights there; with a manifest, it is ours and lacks a file."""
     config = directory / "config.json"
