@@ -273,6 +273,9 @@ UPDATES: list[tuple[str | None, tuple[int, int], str, bool, dict[str, Any]]] = [
     ("4", (33, 301), "SGD", False, {"momentum": 0.9, "first_moment": "bf16"}),
     ("3", (33, 301), "PaperAdamW", False, {"lr": 0.002}),
     ("8", (64, 512), "PaperAdamW", False, {"lr": 0.002}),
+    ("4", (33, 301), "PaperAdamW", False, {"lr": 0.002, **INT8, "frozen_scale": True}),
+    ("ternary", (33, 301), "PaperAdafactor", False, {"lr": 0.05}),
+    ("4", (33, 301), "PaperAdafactor", False, {"lr": 0.02, "beta1": 0.9, "first_moment": "bf16"}),
     (None, (33, 301), "AdamW", False, {}),
     (None, (130, 512), "AdamW", False, INT8),
     (None, (130, 512), "AdamW", False, {"second_moment": "factored", "first_moment": "bf16"}),
@@ -285,7 +288,8 @@ UPDATES: list[tuple[str | None, tuple[int, int], str, bool, dict[str, Any]]] = [
 @pytest.mark.parametrize("case", UPDATES, ids=str)
 def test_fused_update(case: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     bits, shape, kind, per_row, settings = case
-    if kind != "PaperAdamW":
+    paper = kind.startswith("Paper")
+    if not paper:
         settings = {"residual_bits": 0, **settings}
 
     def train() -> list[Any]:
@@ -294,7 +298,7 @@ def test_fused_update(case: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) ->
         with torch.no_grad():
             layer.weight.copy_(torch.randn(shape, generator=generator) * 0.05)
         if bits is not None:
-            scale_rule = "paper" if kind == "PaperAdamW" else None
+            scale_rule = "paper" if paper else None
             dqt.quantize_(nn.Sequential(layer), bits, per_row=per_row, scale_rule=scale_rule)
         optimizer = getattr(dqt.optim, kind)(
             layer.named_parameters(), **{"lr": 0.02, "weight_decay": 0.1, "seed": 3, **settings}

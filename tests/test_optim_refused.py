@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+import dqt
 from dqt.errors import ConfigError, NonFiniteError
-from dqt.optim import AdamW
+from dqt.optim import AdamW, GradientRelease
 from optim_cases import (
     CASES,
     assert_equal_state,
@@ -53,6 +54,43 @@ def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> 
     with pytest.raises(ConfigError, match=message):
         optimizer.add_param_group({"params": [("extra", nn.Parameter(torch.ones(1)))], **settings})
     assert len(optimizer.param_groups) == 1
+
+
+# What a group is at the first step, what it becomes, and what is said.
+KEPT: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"betas": (0.0, 0.95)}, {"betas": (0.9, 0.95)}, "exp_avg of .* is missing.*has to start above it"),
+    ({}, {"betas": (0.0, 0.95)}, r"exp_avg of .* is torch.float32 \(.*now asks for missing"),
+    ({}, {"first_moment": "int8"}, "exp_avg.* of .*asks for torch"),
+    ({}, {"second_moment": "factored"}, "exp_avg_sq.* of .*asks for"),
+    ({"residual_bits": 0}, {"residual_bits": 8}, "residual of .* is missing"),
+    ({"residual_bits": 8}, {"residual_bits": 0}, "residual of .* is torch.uint8"),
+    ({"residual_bits": 8}, {"residual_bits": 4}, r"residual of .* asks for torch.uint8 \("),
+    ({}, {"learn_scale": True}, "scale.* of .* is missing"),
+]
+
+
+@pytest.mark.parametrize("release", [False, True])
+@pytest.mark.parametrize(("settings", "change", "message"), KEPT)
+def test_what_a_group_keeps_cannot_change_in_mid_run(
+    settings: dict[str, Any], change: dict[str, Any], message: str, release: bool
+) -> None:
+    """A kernel would read a moment that is not there, and a residual changes what a step is."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(10, 12, bias=False))
+    dqt.quantize_(model, "ternary")
+    optimizer = AdamW(model.named_parameters(), lr=0.1, **settings)
+    run(model, optimizer, range(1))
+    optimizer.zero_grad()
+    if release:
+        GradientRelease(optimizer)
+    optimizer.param_groups[0].update(change)
+    before = copy.deepcopy(model)
+    loss = model(torch.ones(2, 10)).sum()
+    if not release:
+        loss.backward()
+    with pytest.raises(ConfigError, match=message):
+        loss.backward() if release else optimizer.step()
+    assert_equal_state(model, before)
 
 
 def test_unnamed_parameters_are_refused_with_the_reason() -> None:

@@ -20,7 +20,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dqt.choices import FLOAT_RESIDUAL, RESIDUAL_BITS
 from dqt.numerics import philox
@@ -28,12 +28,23 @@ from dqt.numerics.formats import FORMATS, Format
 from dqt.numerics.packing import pack
 from dqt.numerics.rounding import nearest_rounding, stochastic_rounding
 from dqt.optim import AdamW
-from dqt.optim.writeback import WriteBackStats, default_residual_bits, new_residual, read_residual, write_back
+from dqt.optim.writeback import (
+    WriteBackStats,
+    default_residual_bits,
+    read_residual,
+    residual_form,
+    write_back,
+)
 from dqt.tensor import QuantizedTensor
 
 INTEGER_BITS = [k for k in RESIDUAL_BITS if k != FLOAT_RESIDUAL]
 ROWS, COLUMNS, NAME, SEED = 6, 11, "layers.0.weight", 7
 Array = np.ndarray
+
+
+def new_residual(weight: QuantizedTensor, bits: int) -> Tensor:
+    dtype, shape = residual_form(weight, bits)
+    return torch.zeros(shape, dtype=dtype)
 
 
 def make_weight(fmt: Format, per_row: bool = False, rows: int = ROWS, columns: int = COLUMNS) -> nn.Parameter:

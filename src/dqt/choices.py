@@ -7,6 +7,7 @@ the names stand for is where it is computed: `numerics.rounding`, `numerics.scal
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dqt.errors import ConfigError, did_you_mean
@@ -38,6 +39,85 @@ def check_residual(residual_bits: int, hysteresis: float) -> None:
         )
     if not 0.0 <= hysteresis <= 0.45:
         raise ConfigError(f"hysteresis={hysteresis} must be in [0, 0.45]: the residual spans one grid step")
+
+
+def update_conflicts(
+    optimizer: str,
+    *,
+    published: bool,
+    first_moment: str,
+    second_moment: str,
+    residual_bits: int | str,
+    rounding: str,
+    significance: float,
+    error_feedback: str,
+    learns_scale: bool,
+) -> Iterator[tuple[object, str]]:
+    """What does not go together in updates of low-bit weights: whether it is so here, and what to say then.
+
+    Args:
+        optimizer: "adamw", "adafactor" or "sgd".
+        published: Whether the step is the paper's, `PaperAdamW` or `PaperAdafactor`; of method `paper`.
+        first_moment: How it is kept; "none" too where its decay is 0.
+        second_moment: How it is kept.
+        residual_bits: 0 for none.
+        rounding: One of `ROUNDINGS`.
+        significance: 0 for none.
+        error_feedback: One of `ERROR_FEEDBACKS`.
+        learns_scale: Whether scales are trained.
+    """
+    yield (
+        published and residual_bits,
+        f"the paper's step keeps no residual: residual_bits={residual_bits} needs AdamW or method residual",
+    )
+    yield (
+        published and rounding not in ("stochastic", "nearest"),
+        f"the paper's step rounds values, not moves, so no rounding={rounding}: use nearest, or AdamW or "
+        "method strict",
+    )
+    yield (
+        published and optimizer == "adamw" and second_moment == "factored",
+        "the paper's step divides by a full second moment: for a factored one use PaperAdafactor or "
+        "optimizer adafactor",
+    )
+    yield (
+        significance and (optimizer != "adamw" or published),
+        f"significance={significance} is about AdamW's direction and single moves: use AdamW, and method "
+        "strict or residual",
+    )
+    yield (
+        learns_scale and (optimizer != "adamw" or published or error_feedback == "eco"),
+        "scales are trained (learn_scale, scale_rule=learned) with AdamW in methods strict and residual, "
+        "without error feedback: use these, or a frozen rule such as gaussian",
+    )
+    yield (
+        residual_bits == FLOAT_RESIDUAL and rounding != "stochastic",
+        f"a float residual is not rounded, so no rounding={rounding}: use residual_bits=16 or less",
+    )
+    yield (
+        rounding in GATED_ROUNDINGS and first_moment == "none",
+        f"rounding={rounding} looks at the first moment: set betas to keep one, as in 0.95, 0.95",
+    )
+    yield (
+        rounding == "gated" and optimizer != "adamw",
+        f"rounding=gated compares the first moment with the second, and {optimizer} does not: use AdamW, or "
+        "rounding=agreed",
+    )
+    if error_feedback == "eco":
+        yield (
+            residual_bits or published,
+            "error_feedback=eco takes a residual's place, in AdamW and SGD: set residual_bits=0 (method "
+            "strict), or use the residual without error feedback",
+        )
+        yield (
+            optimizer == "adafactor" or rounding not in ("stochastic", "nearest"),
+            "error_feedback=eco is published for AdamW and SGD, rounding stochastic or nearest: use those",
+        )
+        yield (
+            first_moment != "fp32" or second_moment not in ("none", "full", "factored"),
+            "error_feedback=eco goes into an fp32 first moment, beside a full or factored second one: set "
+            "the moments so, and betas to keep one",
+        )
 
 
 @dataclass(frozen=True)

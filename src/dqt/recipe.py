@@ -13,13 +13,12 @@ from dqt.choices import (
     DEFAULT_HYSTERESIS,
     ERROR_FEEDBACKS,
     FIRST_MOMENTS,
-    FLOAT_RESIDUAL,
-    GATED_ROUNDINGS,
     ROUNDINGS,
     SCALE_RULES,
     SECOND_MOMENTS,
     Products,
     check_residual,
+    update_conflicts,
 )
 from dqt.errors import ConfigError, did_you_mean
 
@@ -164,12 +163,6 @@ def _conflicts(recipe: Recipe) -> Iterator[tuple[object, str]]:
         not recipe.frozen_scale and method != "paper",
         f"method {method} has no scale to recompute: frozen_scale = false is for method paper",
     )
-    yield (
-        recipe.scale_rule == "learned"
-        and (method not in ("strict", "residual") or optimizer != "adamw" or recipe.error_feedback == "eco"),
-        "scale_rule=learned trains scales with AdamW in methods strict and residual, without error feedback: "
-        "use these, or a frozen rule such as gaussian",
-    )
     yield from _conflicts_of_products(recipe)
     yield from _conflicts_of_paper(recipe)
     yield from _conflicts_of_rounding(recipe)
@@ -253,41 +246,17 @@ def _conflicts_of_rounding(recipe: Recipe) -> Iterator[tuple[object, str]]:
         not 0 <= recipe.significance <= 100,
         f"significance={recipe.significance} is in standard deviations: use 0 to 100, such as 3",
     )
-    yield (
-        recipe.significance and (recipe.optimizer != "adamw" or recipe.method == "paper"),
-        f"significance={recipe.significance} is about AdamW's direction and single moves: use optimizer "
-        "adamw and method strict or residual",
-    )
-    yield (
-        recipe.residual_bits == FLOAT_RESIDUAL and rounding != "stochastic",
-        f"a float residual is not rounded, so no rounding={rounding}: use residual_bits=16 or less",
-    )
-    yield (
-        recipe.method == "paper" and rounding not in ("stochastic", "nearest"),
-        f"method paper rounds values, not moves, so no rounding={rounding}: use nearest, or method strict",
-    )
-    yield (
-        rounding in GATED_ROUNDINGS and recipe.first_moments[0] == "none",
-        f"rounding={rounding} looks at the first moment: set betas to keep one, as in 0.95, 0.95",
-    )
-    yield (
-        rounding == "gated" and recipe.optimizer != "adamw",
-        f"rounding=gated compares the first moment with the second, and {recipe.optimizer} does not: use "
-        "optimizer adamw, or rounding=agreed",
-    )
-    if recipe.error_feedback == "eco":
-        yield (
-            recipe.residual_bits or recipe.method == "paper",
-            f"error_feedback=eco takes the residual's place: use method strict, not {recipe.method}",
-        )
-        yield (
-            recipe.optimizer == "adafactor" or rounding not in ("stochastic", "nearest"),
-            "error_feedback=eco is published for AdamW and SGD, rounding stochastic or nearest: use those",
-        )
-        yield (
-            recipe.first_moments[0] != "fp32" or recipe.second_moment not in ("none", "full", "factored"),
-            "error_feedback=eco goes into an fp32 first moment, beside a full or factored second one: set "
-            "the moments so, and betas to keep one",
+    if recipe.quantized:
+        yield from update_conflicts(
+            recipe.optimizer,
+            published=recipe.method == "paper",
+            first_moment=recipe.first_moments[0],
+            second_moment=recipe.second_moment,
+            residual_bits=recipe.residual_bits,
+            rounding=rounding,
+            significance=recipe.significance,
+            error_feedback=recipe.error_feedback,
+            learns_scale=recipe.scale_rule == "learned",
         )
 
 
@@ -297,14 +266,6 @@ def _conflicts_of_paper(recipe: Recipe) -> Iterator[tuple[object, str]]:
     yield (
         recipe.bits == "1",
         ("method paper has no 1-bit format, its grid contains zero: use bits ternary, or method strict"),
-    )
-    yield (
-        recipe.residual_bits,
-        (f"method paper keeps no residual: residual_bits={recipe.residual_bits} needs method residual"),
-    )
-    yield (
-        recipe.optimizer == "adamw" and recipe.second_moment == "factored",
-        ("method paper divides by a full second moment: for a factored one use optimizer adafactor"),
     )
     yield recipe.optimizer == "sgd", "method paper has no SGD: use optimizer adamw or adafactor"
     yield (

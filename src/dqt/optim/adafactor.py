@@ -48,6 +48,8 @@ class Adafactor(QuantizedOptimizer):
         ConfigError: If parameters are unnamed, or a setting makes no sense.
     """
 
+    kind = "adafactor"
+
     def __init__(
         self,
         named_parameters: Iterable[Any],
@@ -83,8 +85,6 @@ class Adafactor(QuantizedOptimizer):
             raise ConfigError(f"decay_rate={group['decay_rate']} must be negative")
         if not 0.0 <= group["beta1"] < 1.0:
             raise ConfigError(f"beta1={group['beta1']} must be in [0, 1)")
-        if group["error_feedback"] != "none":
-            raise ConfigError("error_feedback=eco is published for AdamW and SGD: use one of these")
         if group["second_moment"] != "factored":
             raise ConfigError("Adafactor's second moment is factored; for another one use AdamW")
 

@@ -41,6 +41,8 @@ class AdamW(QuantizedOptimizer):
         ConfigError: If parameters are unnamed, or a setting makes no sense.
     """
 
+    kind = "adamw"
+
     def __init__(
         self,
         named_parameters: Iterable[Any],

@@ -13,24 +13,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor
 
-from dqt.choices import DEFAULT_HYSTERESIS, ERROR_FEEDBACKS, FIRST_MOMENTS, SECOND_MOMENTS, check_residual
+from dqt.choices import (
+    DEFAULT_HYSTERESIS,
+    ERROR_FEEDBACKS,
+    FIRST_MOMENTS,
+    SECOND_MOMENTS,
+    check_residual,
+    update_conflicts,
+)
 from dqt.errors import ConfigError, DqtError, NonFiniteError, did_you_mean
 from dqt.numerics import philox
 from dqt.numerics.rounding import ROUNDINGS
 from dqt.optim import checks, fused
 from dqt.optim.eco import feed_back
-from dqt.optim.learned_scale import new_scale_state, update_scale
-from dqt.optim.moments import Moments, mean_squares, ordered_mean
+from dqt.optim.learned_scale import update_scale
+from dqt.optim.moments import Form, Moments, mean_squares, ordered_mean
 from dqt.optim.rule import Rule
 from dqt.optim.significance import least_direction
 from dqt.optim.step import Step, gradient_matrix, matrix_shape, write_float
 from dqt.optim.threshold import LearnedThreshold
-from dqt.optim.writeback import WriteBackStats, default_residual_bits, new_residual, write_back
+from dqt.optim.writeback import WriteBackStats, default_residual_bits, residual_form, write_back
 from dqt.tensor import QuantizedTensor
 
 if TYPE_CHECKING:
@@ -89,6 +96,12 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         release: What updates the parameters inside the backward pass, or None; see `GradientRelease`.
     """
 
+    kind: ClassVar[str]
+    """Name of the rule, one of `dqt.recipe.OPTIMIZERS`."""
+
+    published: ClassVar[bool] = False
+    """Whether the step is the paper's."""
+
     release: GradientRelease | None = None
     _lost_release = False
 
@@ -111,6 +124,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         try:
             self._check_names()
             self._check_group(self.param_groups[-1])
+            self._check_pairs(self.param_groups[-1])
         except ConfigError:
             self.param_groups.pop()
             raise
@@ -149,23 +163,24 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             raise ConfigError(f"drop_smallest={group['drop_smallest']} must be in [0, 1)")
         if not 0.0 <= group["significance"] < float("inf"):
             raise ConfigError(f"significance={group['significance']} must be finite and not negative")
-        if group["significance"] and "betas" not in group:
-            raise ConfigError(
-                "significance needs AdamW: only its direction is in units of the gradient's noise"
-            )
-        if group["learn_scale"] and "betas" not in group:
-            raise ConfigError("learn_scale needs AdamW: no other optimizer here has a decay for its squares")
-        if group["error_feedback"] == "eco":
-            self._check_error_feedback(group)
         check_residual(0 if group["residual_bits"] == "auto" else group["residual_bits"], group["hysteresis"])
 
-    def _check_error_feedback(self, group: dict[str, Any]) -> None:
-        kinds = (group["first_moment"] if self.first_beta(group) else "none", group.get("second_moment"))
-        if kinds[0] != "fp32" or kinds[1] not in (None, "full", "factored") or group["residual_bits"] != 0:
-            raise ConfigError(
-                "error_feedback=eco goes into an fp32 first moment beside a full or factored second one, in "
-                "a residual's place: set residual_bits=0, or use the residual without error feedback"
-            )
+    def _check_pairs(self, group: dict[str, Any]) -> None:
+        """Refuses what does not go together: of low-bit weights, and of all in the paper's step."""
+        if self.published or any(isinstance(parameter, QuantizedTensor) for parameter in group["params"]):
+            for wrong, message in update_conflicts(
+                self.kind,
+                published=self.published,
+                first_moment=group["first_moment"] if self.first_beta(group) else "none",
+                second_moment=group.get("second_moment", "none"),
+                residual_bits=group["residual_bits"],
+                rounding=group["rounding"],
+                significance=group["significance"],
+                error_feedback=group["error_feedback"],
+                learns_scale=group["learn_scale"],
+            ):
+                if wrong:
+                    raise ConfigError(message)
 
     # -- the update rule, written by subclasses --------------------------------------------------------------
 
@@ -192,6 +207,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
 
         Raises:
             NonFiniteError: If a gradient holds NaN or Inf; nothing was changed then.
+            ConfigError: If a group asks for other state than it did at the first step; nothing was changed.
         """
         loss = None
         if closure is not None:
@@ -206,7 +222,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             self.release.end_step()
             return loss
         self._squares.clear()
-        for name, parameter, _ in self.with_gradient():
+        for name, parameter, group in self.with_gradient():
+            self.check_kept(name, parameter, group)
             self.check_gradient(name, parameter)
         self.begin_step()
         for name, parameter, group in self.with_gradient():
@@ -219,6 +236,11 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
                 if parameter.grad is not None:
                     yield name, parameter, group
+
+    def check_kept(self, name: str, parameter: Tensor, group: dict[str, Any]) -> None:
+        """Refuses a group whose moments, residual or learned scale are others than at the first step."""
+        if state := self.state.get(parameter):
+            checks.require_kept(name, state, self._forms(parameter, group))
 
     def check_gradient(
         self, name: str, parameter: Tensor, unchanged: str = "no parameter was changed"
@@ -256,10 +278,10 @@ class QuantizedOptimizer(torch.optim.Optimizer):
     def update_parameter(self, name: str, parameter: Tensor, group: dict[str, Any]) -> None:
         """Takes one parameter's step; its gradient has been checked."""
         state = self.state[parameter]
-        state["step"] = state.get("step", 0) + 1
         grad = gradient_matrix(parameter)
-        if state["step"] == 1:
-            state.update(self._new_state(parameter, group, grad))
+        if not state:
+            state.update(self._new_state(parameter, group, grad.device))
+        state["step"] = state.get("step", 0) + 1
         moments, residual_bits = self._moments(parameter, group, state), _residual_bits(parameter, group)
         step = Step(
             parameter=parameter,
@@ -306,14 +328,23 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         if learned is not None:
             learned.finish()
 
-    def _new_state(self, parameter: Tensor, group: dict[str, Any], grad: Tensor) -> dict[str, Tensor]:
-        """The tensors that a parameter's first step starts from, on the device of its gradient matrix."""
-        state: dict[str, Tensor] = {}
-        self._moments(parameter, group, state).create(grad)
-        if (bits := _residual_bits(parameter, group)) and isinstance(parameter, QuantizedTensor):
-            state["residual"] = new_residual(parameter, bits, grad.device)
-        if group["learn_scale"] and isinstance(parameter, QuantizedTensor):
-            state |= new_scale_state(parameter, grad.device)
+    def _forms(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Form]:
+        """The tensors of a parameter's state, as its group asks for them."""
+        forms = self._moments(parameter, group, {}).forms(*matrix_shape(parameter))
+        if isinstance(parameter, QuantizedTensor):
+            if bits := _residual_bits(parameter, group):
+                forms["residual"] = residual_form(parameter, bits)
+            if group["learn_scale"]:
+                scale = torch.float32, tuple(parameter.scale.shape)
+                forms |= {"scale": scale, "scale_sq": scale}
+        return forms
+
+    def _new_state(self, parameter: Tensor, group: dict[str, Any], device: torch.device) -> dict[str, Tensor]:
+        """The tensors that a parameter's first step starts from."""
+        forms = self._forms(parameter, group)
+        state = {key: torch.zeros(shape, dtype=dtype, device=device) for key, (dtype, shape) in forms.items()}
+        if "scale" in state and isinstance(parameter, QuantizedTensor):
+            state["scale"].copy_(parameter.scale)
         return state
 
     def _moments(self, parameter: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Moments:
@@ -366,12 +397,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         groups = [group for group in state_dict["param_groups"] for _ in group["param_names"]]
         for index, saved in state_dict["state"].items():
-            parameter = parameters[int(index)]
-            shape = matrix_shape(parameter)
-            grad = torch.empty(shape, dtype=parameter.dtype, device="meta")
-            checks.require_fitting(
-                ours[int(index)], saved, self._new_state(parameter, groups[int(index)], grad)
-            )
+            forms = self._forms(parameters[int(index)], groups[int(index)])
+            checks.require_fitting(ours[int(index)], saved, forms)
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         for group in self.param_groups:  # options that are younger than what was saved
             for key, default in _DEFAULTS.items():

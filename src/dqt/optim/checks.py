@@ -17,22 +17,40 @@ import torch
 from torch import Tensor
 
 from dqt.errors import ConfigError, NonFiniteError
+from dqt.optim.moments import Form
 from dqt.tensor import QuantizedTensor
 
 
-def require_fitting(name: str, saved: Mapping[str, Any], expected: Mapping[str, Tensor]) -> None:
-    """Compares a saved state with the tensors that a first step would create, which may be on "meta".
+def require_kept(name: str, state: Mapping[str, Any], expected: Mapping[str, Form]) -> None:
+    """Compares a parameter's state with the tensors that its group asks for, at every step.
+
+    Raises:
+        ConfigError: They differ, because the group was changed after the first step.
+    """
+    kept = _forms(state)
+    for key in kept.keys() | expected.keys():
+        if (ours := kept.get(key)) != (theirs := expected.get(key)):
+            raise ConfigError(
+                f"{key} of {name} is {_text(ours)}, and its group now asks for {_text(theirs)}: how moments, "
+                "residual and scale are kept can't change after the first step; set the group back (a first "
+                "beta that rises from 0 has to start above it)"
+            )
+
+
+def require_fitting(name: str, saved: Mapping[str, Any], expected: Mapping[str, Form]) -> None:
+    """Compares a saved state with the tensors that a first step would create.
 
     Raises:
         ConfigError: A tensor is missing, unknown, of another shape or dtype, or not finite; or a number is no
             number.
     """
-    tensors = {key: value for key, value in saved.items() if isinstance(value, Tensor)}
+    tensors = _forms(saved)
     for key in sorted({*tensors, *expected}):
-        ours, theirs = _form(expected.get(key)), _form(tensors.get(key))
-        if ours != theirs:
-            raise ConfigError(f"{key} of {name} is {theirs} in the saved state, and should be {ours}")
-        if tensors[key].is_floating_point() and not _finite(tensors[key]):
+        if (theirs := tensors.get(key)) != (ours := expected.get(key)):
+            raise ConfigError(
+                f"{key} of {name} is {_text(theirs)} in the saved state, and should be {_text(ours)}"
+            )
+        if saved[key].is_floating_point() and not _finite(saved[key]):
             raise ConfigError(f"{key} of {name} holds NaN or Inf in the saved state")
     step = saved.get("step")
     if type(step) is not int or not 1 <= step < 2**32:
@@ -69,5 +87,9 @@ def _finite(tensor: Tensor) -> bool:
     return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
 
 
-def _form(tensor: Tensor | None) -> str:
-    return "missing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
+def _forms(state: Mapping[str, Any]) -> dict[str, Form]:
+    return {key: (t.dtype, tuple(t.shape)) for key, t in state.items() if isinstance(t, Tensor)}
+
+
+def _text(form: Form | None) -> str:
+    return "missing" if form is None else f"{form[0]} {form[1]}"

@@ -97,10 +97,10 @@ def update(step: Step, paper_scale: Tensor | None = None) -> bool:
 
 def _has_kernel(step: Step) -> bool:
     """Whether the kernel knows a step's variants; those that are for comparison run on the reference."""
-    return (
-        step.moments.first in _FIRST
-        and step.moments.second in _SECOND
-        and step.rounding in ("stochastic", "nearest")
+    if step.moments.first not in _FIRST or step.moments.second not in _SECOND:
+        return False
+    return not isinstance(step.parameter, QuantizedTensor) or (
+        step.rounding in ("stochastic", "nearest")
         and step.residual_bits <= 16
         and not step.drop_smallest
         and step.error_feedback == "none"

@@ -27,12 +27,6 @@ _EPS = 1e-12
 _LARGEST_STEP = 0.5
 
 
-def new_scale_state(weight: QuantizedTensor, device: torch.device) -> dict[str, Tensor]:
-    """What training a weight's scale keeps."""
-    scale = weight.scale.to(device)
-    return {"scale": scale.clone(), "scale_sq": torch.zeros_like(scale)}
-
-
 def update_scale(
     weight: QuantizedTensor, grad: Tensor, state: dict[str, Any], lr: float, beta2: float
 ) -> None:
@@ -41,7 +35,7 @@ def update_scale(
     Args:
         weight: Its scale changes, its codes do not.
         grad: Of the weight, as a matrix [rows, columns].
-        state: Of the weight, with what `new_scale_state` made and "step".
+        state: Of the weight, with "scale", "scale_sq" and "step".
         lr: Learning rate, relative to the scale.
         beta2: Decay of the squares.
     """

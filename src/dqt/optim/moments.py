@@ -43,6 +43,9 @@ from dqt.numerics.float8 import E4M3, LARGEST, SMALLEST_E4M3, stochastic_e4m3
 from dqt.ops.reference import SMALLEST_ABSMAX, exact_sqrt
 from dqt.sizes import SCALE_BLOCK
 
+Form = tuple[torch.dtype, tuple[int, ...]]
+"""Type and shape of a tensor."""
+
 _FIRST_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": E4M3}
 _SECOND_TYPES = {"full": torch.float32, "bf16": torch.bfloat16, "int8": torch.uint8, "fp8": E4M3}
 _TOP = {torch.int8: 127.0, torch.uint8: 255.0, E4M3: LARGEST[E4M3]}
@@ -70,22 +73,19 @@ class Moments:
         """Whether the moments are rounded, so that they need random words."""
         return self.first not in ("none", "fp32") or self.second not in ("none", "full", "factored")
 
-    def create(self, grad: Tensor) -> None:
-        """Adds zero moments for a gradient matrix to the state."""
-        rows, columns = grad.shape
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float32, device=grad.device)
-
+    def forms(self, rows: int, columns: int) -> dict[str, Form]:
+        """The tensors that the moments of a matrix are, all zero at first."""
+        forms: dict[str, Form] = {}
         types = {"exp_avg": _FIRST_TYPES.get(self.first), "exp_avg_sq": _SECOND_TYPES.get(self.second)}
         for key, dtype in types.items():
             if dtype is not None:
-                self.state[key] = torch.zeros_like(grad, dtype=dtype)
+                forms[key] = dtype, (rows, columns)
             if dtype in _TOP:
-                self.state[f"{key}_scale"] = zeros(rows, -(-columns // SCALE_BLOCK))
+                forms[f"{key}_scale"] = torch.float32, (rows, -(-columns // SCALE_BLOCK))
         if self.second == "factored":
-            self.state["exp_avg_sq_row"] = zeros(rows)
-            self.state["exp_avg_sq_col"] = zeros(columns)
+            forms["exp_avg_sq_row"] = torch.float32, (rows,)
+            forms["exp_avg_sq_col"] = torch.float32, (columns,)
+        return forms
 
     def update_factors(
         self,

@@ -42,6 +42,7 @@ class _PaperStep(QuantizedOptimizer):
         frozen_scale: Keep each scale, instead of recomputing it at every step.
     """
 
+    published = True
     frozen_scale = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -49,6 +50,8 @@ class _PaperStep(QuantizedOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
+        if group.get("clip_update"):
+            raise ConfigError("the paper's step has no clip_update: leave it out, or use AdamW")
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             if isinstance(parameter, QuantizedTensor) and (parameter.format.offset or parameter.scale.ndim):
                 raise ConfigError(

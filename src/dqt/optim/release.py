@@ -77,6 +77,7 @@ class GradientRelease:
             optimizer.begin_step()
             self._squares = 0.0
         group = optimizer.param_groups[group_number]  # looked up, because load_state_dict replaces groups
+        optimizer.check_kept(name, parameter, group)
         self._squares += optimizer.check_gradient(name, parameter, _ALREADY_CHANGED) ** 2
         optimizer.update_parameter(name, parameter, group)
         parameter.grad = None

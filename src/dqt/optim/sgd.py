@@ -33,6 +33,8 @@ class SGD(QuantizedOptimizer):
         ConfigError: If parameters are unnamed, or a setting makes no sense.
     """
 
+    kind = "sgd"
+
     def __init__(
         self,
         named_parameters: Iterable[Any],

@@ -37,6 +37,7 @@ from torch import Tensor
 from dqt import ops
 from dqt.choices import DEFAULT_HYSTERESIS, FLOAT_RESIDUAL
 from dqt.numerics.rounding import Steps
+from dqt.optim.moments import Form
 from dqt.sizes import packed_size
 from dqt.tensor import QuantizedTensor
 
@@ -46,13 +47,12 @@ def default_residual_bits(weight: QuantizedTensor) -> int:
     return 8 if weight.format.bits < 5 else 0
 
 
-def new_residual(weight: QuantizedTensor, residual_bits: int, device: torch.device | None = None) -> Tensor:
-    """A zero residual: packed `uint8` [rows, bytes], or `int16` or `float32` [rows, columns]."""
-    rows, columns, device = weight.rows, weight.shape[-1], device or weight.device
+def residual_form(weight: QuantizedTensor, residual_bits: int) -> Form:
+    """A weight's residual, zero at first: packed `uint8`, or `int16` or `float32` [rows, columns]."""
+    rows, columns = weight.rows, weight.shape[-1]
     if residual_bits >= 16:
-        dtype = torch.int16 if residual_bits == 16 else torch.float32
-        return torch.zeros(rows, columns, dtype=dtype, device=device)
-    return torch.zeros(rows, packed_size(columns, residual_bits), dtype=torch.uint8, device=device)
+        return torch.int16 if residual_bits == 16 else torch.float32, (rows, columns)
+    return torch.uint8, (rows, packed_size(columns, residual_bits))
 
 
 def read_residual(residual: Tensor, residual_bits: int, columns: int) -> Tensor:

@@ -67,6 +67,15 @@ bool fits(std::int64_t rows, std::int64_t columns) {
   return rows >= 0 && columns >= 0 && (columns == 0 || rows <= kMaxElements / columns);
 }
 
+// Whether an update has every tensor that it would read; a parameter without elements has none.
+bool has_tensors(const DqtUpdate& a) {
+  if (a.rows == 0 || a.columns == 0) return true;
+  return a.grad && (a.codes ? a.scale != nullptr : a.weight != nullptr) && (a.first == kNone || a.exp_avg) &&
+         (a.first != kInt8 || a.exp_avg_scale) && (a.second == kNone || a.second == kFactored || a.exp_avg_sq) &&
+         (a.second != kInt8 || a.exp_avg_sq_scale) && (a.second != kFactored || (a.row_inverse && a.column_inverse)) &&
+         (a.residual_bits == 0 || a.residual);
+}
+
 bool packs(std::int64_t bits) { return bits >= 1 && bits <= 8; }
 
 std::int64_t packed_size(std::int64_t count, std::int64_t bits) { return (count * bits + 7) / 8; }
@@ -327,6 +336,7 @@ int dqt_update(DqtUpdate* args) {
   if (!fits(a.rows, a.columns) || a.rows * a.columns > kMaxStream) return kBadSize;
   if (a.first < kNone || a.first > kInt8 || a.second < kNone || a.second > kFactored || a.second == kBfloat)
     return kBadSize;
+  if (!has_tensors(a)) return kBadSize;
   if (a.codes) {
     if (!packs(a.bits) || a.code_bytes != packed_size(a.columns, a.bits)) return kBadSize;
     if (a.levels < 2 || a.levels > 1 << a.bits) return kBadSize;
