@@ -8,7 +8,8 @@ starts from the same floats, sees the same sequences of Python's standard librar
 judged at its best of the given rates on the same held-out windows. State is weights, gradients that live at
 the same time, and the optimizer's tensors. FP32 is plain AdamW, 16 bytes a parameter. The low-bit arms keep
 little: first moment int8 (none with a residual), second moment factored, gradients released one by one,
-embeddings float. `8 bits, float activations` multiplies the 8-bit weights with activations as they are.
+embeddings float. Low-bit weights are multiplied with activations as they are in the forward pass, which is
+the default for trained models, and by integer products in the backward pass; two arms do otherwise.
 """
 
 from __future__ import annotations
@@ -49,18 +50,14 @@ SMALL: dict[str, Any] = {
     "clip_update": 1.0,
 }
 STRICT = {**SMALL, "first_moment": "int8"}
-ARMS: Mapping[
-    str, tuple[Recipe, float]
-] = {  # and by what a rate is multiplied: coarser grids want higher ones
+# A recipe, and by what its rate is multiplied: coarser grids want higher ones.
+ARMS: Mapping[str, tuple[Recipe, float]] = {
     "FP32 AdamW": (recipe_for("fp32", trained=True), 1.0),
     "8 bits": (recipe_for("strict", 8, trained=True, **STRICT), 1.0),
     "8 bits, float products": (recipe_for("strict", 8, trained=True, products=FLOAT_PRODUCTS, **STRICT), 1.0),
-    "8 bits, int8 activations": (
-        recipe_for("strict", 8, trained=True, products=INT8_PRODUCTS, **STRICT),
-        1.0,
-    ),
-    "4 bits + residual": (recipe_for("residual", 4, trained=True, **SMALL), 2.0),
-    "ternary + residual": (recipe_for("residual", "ternary", trained=True, **SMALL), 10.0),
+    "8 bits, int8 products": (recipe_for("strict", 8, trained=True, products=INT8_PRODUCTS, **STRICT), 1.0),
+    "4 bits + residual": (recipe_for("residual", 4, trained=True, **SMALL), 8.0),
+    "ternary + residual": (recipe_for("residual", "ternary", trained=True, **SMALL), 40.0),
 }
 
 
