@@ -74,7 +74,7 @@ def fine_tune(
 ) -> dict[str, float]:
     """Losses before, as converted and at the end, bytes of state, seconds a step."""
     model = copy.deepcopy(floats)
-    prepare_model_(model, recipe)
+    prepare_model_(model, recipe, keep_remainder=True)
     if recipe.fusible:
         fuse_(model)
     optimizer = build_optimizer(model, recipe, rate)

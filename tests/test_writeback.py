@@ -16,12 +16,14 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+import dqt
 from dqt.choices import FLOAT_RESIDUAL, RESIDUAL_BITS
 from dqt.numerics import philox
 from dqt.numerics.formats import FORMATS, Format
@@ -303,3 +305,27 @@ def test_a_wild_run_stays_in_range() -> None:
             assert position.min() >= 0
             assert position.max() <= (fmt.levels - 1) * unit
             assert np.abs(position - level * unit).max() <= math.floor(0.95 * unit)
+
+
+@pytest.mark.parametrize("k", RESIDUAL_BITS)
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
+def test_a_residual_begins_with_what_rounding_left(fmt: Format, k: int) -> None:
+    """Code and residual together are the weight that was converted, as far as the grid and k bits reach."""
+    layer = nn.Linear(64, 5, bias=False)
+    nn.init.normal_(layer.weight, std=2.0)
+    floats = layer.weight.detach().double()
+    dqt.quantize_(layer, fmt.name, per_row=True, keep_remainder=True)
+    weight: Any = layer.weight
+    codes = weight.unpack()
+    optimizer = AdamW([(NAME, weight)], lr=0.0, betas=(0.0, 0.9), residual_bits=k)
+    weight.grad = torch.zeros(5, 64)
+    optimizer.step()
+    assert weight.remainder is None
+    assert torch.equal(weight.unpack(), codes)
+    if not k:
+        return
+    unit = 1 if k == FLOAT_RESIDUAL else 2 ** (k - 1)
+    rest = read_residual(optimizer.state[weight]["residual"], k, 64).double() / unit
+    wanted = (floats / weight.scale + fmt.offset).clamp(fmt.qmin, fmt.qmax)
+    error = (codes + rest - wanted).abs()
+    assert error.max() <= 1 / 256 + (0.5 / unit if k < 8 else 1e-5)

@@ -26,6 +26,7 @@ def prepare_model_(
     rules: Mapping[str, Rule] | None = None,
     materialize: Callable[[str], None] | None = None,
     calibrate: Mapping[str, Any] | None = None,
+    keep_remainder: bool = False,
 ) -> QuantizeReport:
     """Puts a recipe's weights into a model, in place.
 
@@ -36,6 +37,7 @@ def prepare_model_(
             `paper` they come after its own, which is to quantize everything.
         materialize: Makes a module of a model on the meta device real; see `dqt.quantize_`.
         calibrate: A batch on which codes are chosen; see `dqt.quantize_`.
+        keep_remainder: See `dqt.quantize_`; only where the recipe has a residual.
 
     Returns:
         What was converted and what was left.
@@ -65,6 +67,7 @@ def prepare_model_(
         products=recipe.products,
         materialize=materialize,
         calibrate=calibrate,
+        keep_remainder=keep_remainder and recipe.residual_bits > 0,
     )
 
 

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dqt.calibrate import input_products, round_for_output
@@ -45,6 +46,7 @@ def quantize_(
     trained: bool = False,
     materialize: Callable[[str], None] | None = None,
     calibrate: Tensor | Mapping[str, Any] | None = None,
+    keep_remainder: bool = False,
 ) -> QuantizeReport:
     """Replaces float weights by packed low-bit integers, in place.
 
@@ -67,6 +69,8 @@ def quantize_(
         calibrate: A batch that the model can be called with, a tensor or keyword arguments. Linear weights
             are then rounded for the least error of their outputs on it, see `dqt.calibrate`: for a model
             that comes from a float checkpoint. Without it every weight is rounded to nearest.
+        keep_remainder: Keep what rounding leaves of each weight, a byte, until the first step of an
+            optimizer, whose residual begins with it.
 
     Returns:
         What was converted, what was left and why, and which rules matched nothing (also a warning).
@@ -105,6 +109,9 @@ def quantize_(
         values = weight if seen is None else round_for_output(weight, scale, target, seen).to(weight.dtype)
         quantized = QuantizedTensor.from_float(values, scale, target, FLOAT_PRODUCTS if is_head else products)
         parameter = nn.Parameter(quantized, requires_grad=weight.requires_grad)
+        if keep_remainder:
+            quantized_parameter: Any = parameter
+            quantized_parameter.remainder = _remainder(weight, quantized)
         for module in sharing.values():
             set_quantized_weight(module, parameter)
         report.converted.append(Converted(full_name, target, shape, rule, quantized.nbytes_stored()))
@@ -120,6 +127,14 @@ def quantize_(
 
         remember(model)
     return report
+
+
+def _remainder(weight: Tensor, quantized: QuantizedTensor) -> Tensor:
+    """See `QuantizedTensor.remainder`: the nearest weight that code and remainder reach together."""
+    fmt, codes = quantized.format, quantized.unpack_rows().float()
+    rest = weight.detach().float().reshape(codes.shape) / quantized.scale + fmt.offset - codes
+    lowest, highest = (codes > fmt.qmin) * -0.5, (codes < fmt.qmax) * 0.5
+    return (rest.clamp(lowest, highest) * 128).round_().to(torch.int8)
 
 
 def _unreachable(model: nn.Module, known: set[str]) -> list[Left]:

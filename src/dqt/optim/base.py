@@ -37,7 +37,13 @@ from dqt.optim.rule import Rule
 from dqt.optim.significance import least_direction
 from dqt.optim.step import Step, gradient_matrix, matrix_shape, write_float
 from dqt.optim.threshold import LearnedThreshold
-from dqt.optim.writeback import WriteBackStats, default_residual_bits, residual_form, write_back
+from dqt.optim.writeback import (
+    WriteBackStats,
+    default_residual_bits,
+    residual_form,
+    residual_from,
+    write_back,
+)
 from dqt.tensor import QuantizedTensor
 
 if TYPE_CHECKING:
@@ -343,8 +349,13 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         """The tensors that a parameter's first step starts from."""
         forms = self._forms(parameter, group)
         state = {key: torch.zeros(shape, dtype=dtype, device=device) for key, (dtype, shape) in forms.items()}
-        if "scale" in state and isinstance(parameter, QuantizedTensor):
+        if not isinstance(parameter, QuantizedTensor):
+            return state
+        if "scale" in state:
             state["scale"].copy_(parameter.scale)
+        remainder, parameter.remainder = parameter.remainder, None
+        if "residual" in state and remainder is not None:
+            state["residual"] = residual_from(remainder.to(device), _residual_bits(parameter, group))
         return state
 
     def _moments(self, parameter: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Moments:

@@ -55,6 +55,22 @@ def residual_form(weight: QuantizedTensor, residual_bits: int) -> Form:
     return torch.uint8, (rows, packed_size(columns, residual_bits))
 
 
+def residual_from(remainder: Tensor, residual_bits: int) -> Tensor:
+    """A residual that begins with what rounding left of a trained weight.
+
+    SmolLM2-135M in 4 bits, 20 steps of fine-tuning: 3.190 nats at 4e-4, 3.224 from zero; 3.266 and 3.270 at
+    half that rate (one seed).
+
+    Args:
+        remainder: `int8` [rows, columns] in 1/128 grid steps, at most half a step.
+        residual_bits: k.
+    """
+    if residual_bits == FLOAT_RESIDUAL:
+        return remainder.float() / 128
+    units = (remainder.to(torch.int32) * 2 ** (residual_bits - 1) + 64) >> 7  # to nearest
+    return units.to(torch.int16) if residual_bits == 16 else ops.pack(units, residual_bits)
+
+
 def read_residual(residual: Tensor, residual_bits: int, columns: int) -> Tensor:
     """Residual in units of scale / 2**(residual_bits - 1); in grid steps if it is float."""
     return residual if residual_bits >= 16 else ops.unpack(residual, residual_bits, columns, signed=True)

@@ -53,7 +53,7 @@ def adopt(
     _require_plain_head(model, start)
     before(model)
     calibrate = None if sequences is None else {"input_ids": sequences, "use_cache": False}
-    report = prepare_model_(model, recipe, rules, calibrate=calibrate)
+    report = prepare_model_(model, recipe, rules, calibrate=calibrate, keep_remainder=True)
     if recipe.quantized and not report.converted:
         kinds = sorted({left.reason for left in report.left if len(left.shape) > 1})
         raise ModelError(
