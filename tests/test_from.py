@@ -254,7 +254,7 @@ def test_what_a_run_is_called_after(path: str, name: str) -> None:
 @pytest.mark.parametrize(("method", "keeps"), [("residual", True), ("strict", False)])
 def test_a_residual_begins_with_what_conversion_left(directory: Path, method: str, keeps: bool) -> None:
     model, _ = adopt(find_start(directory), recipe_for(method, 4, trained=True), {}, None, lambda model: None)
-    kept = [w.remainder is not None for w in model.parameters() if isinstance(w, QuantizedTensor)]
+    kept = [w.kept_remainder is not None for w in model.parameters() if isinstance(w, QuantizedTensor)]
     assert kept == [keeps] * 14
 
 

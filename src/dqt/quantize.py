@@ -111,7 +111,7 @@ def quantize_(
         parameter = nn.Parameter(quantized, requires_grad=weight.requires_grad)
         if keep_remainder:
             quantized_parameter: Any = parameter
-            quantized_parameter.remainder = _remainder(weight, quantized)
+            quantized_parameter.kept_remainder = _remainder(weight, quantized)
         for module in sharing.values():
             set_quantized_weight(module, parameter)
         report.converted.append(Converted(full_name, target, shape, rule, quantized.nbytes_stored()))
@@ -130,7 +130,7 @@ def quantize_(
 
 
 def _remainder(weight: Tensor, quantized: QuantizedTensor) -> Tensor:
-    """See `QuantizedTensor.remainder`: the nearest weight that code and remainder reach together."""
+    """See `QuantizedTensor.kept_remainder`: the nearest weight that code and remainder reach together."""
     fmt, codes = quantized.format, quantized.unpack_rows().float()
     rest = weight.detach().float().reshape(codes.shape) / quantized.scale + fmt.offset - codes
     lowest, highest = (codes > fmt.qmin) * -0.5, (codes < fmt.qmax) * 0.5

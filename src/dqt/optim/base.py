@@ -353,7 +353,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             return state
         if "scale" in state:
             state["scale"].copy_(parameter.scale)
-        remainder, parameter.remainder = parameter.remainder, None
+        remainder, parameter.kept_remainder = parameter.kept_remainder, None
         if "residual" in state and remainder is not None:
             state["residual"] = residual_from(remainder.to(device), _residual_bits(parameter, group))
         return state
