@@ -53,8 +53,8 @@ class QuantizedTensor(torch.Tensor):
         scale: `float32`, [] or [rows, 1], where rows is the product of shape[:-1].
         format: The format of the codes.
         products: How linear layers multiply with it.
-        kept_remainder: What rounding left of a trained weight, `int8` [rows, columns] in 1/128 grid steps, until
-            an optimizer's residual begins with it; None otherwise. Copies do not have it.
+        kept_remainder: What rounding left of a trained weight, `int8` [rows, columns] in 1/128 grid steps,
+            until an optimizer's residual begins with it; None otherwise. Copies do not have it.
     """
 
     codes: Tensor
