@@ -135,6 +135,14 @@ def test_parameters_without_a_gradient_are_left_alone() -> None:
     assert not optimizer.state
 
 
+@pytest.mark.parametrize("second_moment", ["full", "factored"])
+def test_a_weight_without_elements_is_no_error(second_moment: str) -> None:
+    for shape in ((0, 4), (4, 0)):
+        weight = nn.Parameter(torch.ones(shape))
+        weight.grad = torch.ones(shape)
+        AdamW([("w", weight)], second_moment=second_moment).step()
+
+
 def test_a_step_between_forward_and_backward_is_an_error() -> None:
     model = make_model()
     optimizer = AdamW(model.named_parameters(), lr=0.1)

@@ -144,6 +144,16 @@ def test_gradcheck_of_float_products() -> None:
     assert torch.autograd.gradcheck(lambda x, b: F.linear(x, layer.weight, b), (x, bias))
 
 
+@pytest.mark.parametrize("products", [Products(), FLOAT_PRODUCTS])
+def test_a_second_derivative_is_an_error(products: Products) -> None:
+    """Through integers it would be zero, without a word."""
+    layer, _ = make_layer("8", False, products)
+    x = torch.randn(3, IN, requires_grad=True)
+    (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        dx.square().sum().backward()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("products", [Products(), FLOAT_PRODUCTS])
 def test_an_input_that_is_not_finite_reaches_the_output_and_the_gradients(
@@ -258,6 +268,15 @@ def test_embedding_refuses_what_it_lacks() -> None:
         dqt.quantize_(embedding, rules={"": 4})
         with pytest.raises(NotImplementedError, match="a quantized embedding has no max_norm"):
             embedding(torch.tensor([1]))
+
+
+@pytest.mark.parametrize("index", [[-1, -3], [0, -1], [3, 4]])
+def test_a_row_that_is_not_there_is_an_error_as_in_torch(index: list[int]) -> None:
+    embedding = nn.Embedding(4, 3)
+    for bits in (None, 4):
+        dqt.quantize_(embedding, rules={"": bits})
+        with pytest.raises(IndexError):
+            embedding(torch.tensor(index))
 
 
 def test_the_scale_of_int8_activations_is_per_token_and_symmetric() -> None:

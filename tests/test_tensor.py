@@ -98,6 +98,25 @@ def test_codes_that_do_not_fit_are_refused(codes: Tensor, shape: tuple[int, ...]
         QuantizedTensor(codes, torch.tensor(1.0), FORMATS["4"], shape)
 
 
+@pytest.mark.parametrize(
+    "scale", [torch.ones(1), torch.ones(3, 1), torch.ones(1, 5), torch.ones(5, 1).double()]
+)
+def test_a_scale_that_does_not_fit_is_refused(scale: Tensor) -> None:
+    """A kernel reads one number, or one a row."""
+    with pytest.raises(ConfigError, match=r"scale of a weight of shape \(5, 7\) must be torch.float32 \(\)"):
+        QuantizedTensor(make("4").codes, scale, FORMATS["4"], (5, 7))
+
+
+@pytest.mark.parametrize("bits", ["1", "ternary", "2", "3"])
+def test_few_bits_are_not_computed_in_ternary(bits: str) -> None:
+    for refused in (
+        lambda: dqt.quantize_(nn.Linear(4, 4), bits, {"": bits}, products=Products(compute_bits="ternary")),
+        lambda: dqt.quantize_(nn.Linear(4, 4), 8, {"": bits}, products=Products(compute_bits="ternary")),
+    ):
+        with pytest.raises(ConfigError, match=f"stored integers of 4 to 8 bits, not {bits}"):
+            refused()
+
+
 def test_products_are_checked() -> None:
     assert Products() == Products("int8", "int8", "int8")
     for name, kind in itertools.product(("forward", "grad_input", "grad_weight"), ("int4", "")):
@@ -436,6 +455,10 @@ def test_a_weight_of_the_same_kind_is_copied() -> None:
     a.copy_(b)
     assert_same(a, b)
     assert a.codes.data_ptr() != b.codes.data_ptr()
+    before = a.unpack()
+    with pytest.raises(ConfigError, match="quantize both with the same per_row"):
+        a.copy_(make("4", per_row=True))
+    assert torch.equal(a.unpack(), before)
 
 
 def test_float_products_are_kept_by_copies_and_moves() -> None:

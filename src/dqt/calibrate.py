@@ -49,12 +49,13 @@ def input_products(model: nn.Module, batch: Tensor | Mapping[str, Any]) -> dict[
         found[weight] = found.get(weight, 0.0) + x.T @ x
 
     hooks = [module.register_forward_pre_hook(collect) for module in names]
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad():
             model.eval()(**batch) if isinstance(batch, Mapping) else model(batch)
     finally:
-        model.train(was_training)
+        for module, training in modes.items():
+            module.training = training
         for hook in hooks:
             hook.remove()
     if not found:

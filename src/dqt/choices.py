@@ -30,6 +30,17 @@ PRODUCT_KINDS = ("int8", "float", "fp8")
 COMPUTE_BITS = ("stored", "ternary")
 GRADIENTS = ("fp32", "bf16", "fp8")
 
+TERNARIZED = ("4", "5", "6", "7", "8")
+"""The bits that `compute_bits` = "ternary" can round: enough of them, and a grid that contains zero."""
+
+
+def no_ternarization(bits: str) -> str:
+    """What to say where `compute_bits` = "ternary" meets other bits than `TERNARIZED`."""
+    return (
+        f"compute_bits=ternary rounds stored integers of 4 to 8 bits, not {bits}: store 8 bits, or leave "
+        "compute_bits out (a rule can leave a weight float)"
+    )
+
 
 def check_residual(residual_bits: int, hysteresis: float) -> None:
     """Raises `ConfigError` unless the residual can hold half a step plus the hysteresis."""

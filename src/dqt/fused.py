@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bitnet import modeling_bitnet as bitnet
@@ -84,6 +85,7 @@ class _RMSNorm(torch.autograd.Function):
         return y.view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         rows, weight, rstd = ctx.saved_tensors
         dx, dweight = activations.rms_norm_backward(dy.reshape(rows.shape), rows, weight, rstd)
@@ -115,6 +117,7 @@ class _SwiGLU(torch.autograd.Function):
         return activations.swiglu(gate, up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor]:
         return activations.swiglu_backward(dh, *ctx.saved_tensors)
 
@@ -155,6 +158,7 @@ class _Rotary(torch.autograd.Function):
         return activations.rotary(x, cos, sin)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return activations.rotary(dy, cos, sin, transposed=True), None, None
@@ -169,6 +173,7 @@ class _CausalAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         query, key, value, out, top, inverse = ctx.saved_tensors
         grads = causal_attention_backward(dout, query, key, value, out, top, inverse, ctx.scale)

@@ -12,6 +12,8 @@ Each product can be float instead, see `Products`; the float layer is the refere
 form of all three has x in e4m3, dy and n in e5m2, scaled in the same places, and is emulated by float32
 products of these numbers; codes enter exactly, where hardware would round those of 6 to 8 bits.
 
+Gradients are of first order: a backward pass through a backward pass is an error.
+
 A converted module stays the `nn.Linear` or `nn.Embedding` that it was; only its weight changes.
 """
 
@@ -21,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dqt import ops
@@ -64,6 +67,7 @@ class _QuantizedLinear(torch.autograd.Function):
         return _product_with_codes(x_q, x_scale, weight, bias).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, x_scale, *_ = ctx.saved_tensors
         weight: QuantizedTensor = ctx.weight
@@ -88,6 +92,7 @@ class _QuantizedSwiGLULinear(torch.autograd.Function):
         return _product_with_codes(h_q, h_scale, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, h_q, h_scale, *_ = ctx.saved_tensors
         weight: QuantizedTensor = ctx.weight
@@ -121,9 +126,11 @@ def _quantized_form(x: Tensor, kind: str, dtype: torch.dtype) -> tuple[Tensor, T
     """Codes and scales of the rows of x [..., in] in a dtype, int8 or float8 by `kind`; remembered on x.
 
     Query, key and value projections read one tensor, and so do gate and up: the first quantizes it for all.
+    Only what an operation made for the backward pass is remembered on: other tensors may share memory with
+    numpy or with `x.data`, which change without a word, and are saved and copied with what they carry.
     """
-    # A compiler finds the common expression itself; an inference tensor does not say when it changes.
-    remembers = not torch.compiler.is_compiling() and not x.is_inference()
+    # A compiler finds the common expression itself.
+    remembers = not torch.compiler.is_compiling() and x.grad_fn is not None
     if remembers:
         remembered = getattr(x, "_dqt_form", None)
         if remembered is not None and remembered[0] == (x._version, kind, dtype):
@@ -249,12 +256,17 @@ class _QuantizedEmbedding(torch.autograd.Function):
     def forward(ctx: Any, index: Tensor, weight: QuantizedTensor, padding_idx: int) -> Tensor:
         ctx.save_for_backward(index)
         ctx.shape, ctx.padding_idx = weight.shape, padding_idx
-        used, position = index.flatten().unique(return_inverse=True)
+        used, position = index.flatten().unique(return_inverse=True)  # `used` is sorted
+        if used.numel() and not 0 <= used[0] <= used[-1] < weight.shape[0]:
+            raise IndexError(
+                f"rows {int(used[0])} to {int(used[-1])} of an embedding of {weight.shape[0]} rows"
+            )
         scale = weight.scale[used] if weight.scale.ndim else weight.scale
         rows = (weight.unpack_rows(used).float() - weight.format.offset) * scale
         return rows[position].view(*index.shape, weight.shape[1]).to(weight.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor, None]:
         (index,) = ctx.saved_tensors
         rows, columns = ctx.shape

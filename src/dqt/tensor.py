@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from dqt import ops
-from dqt.choices import INT8_PRODUCTS, Products
+from dqt.choices import INT8_PRODUCTS, TERNARIZED, Products, no_ternarization
 from dqt.errors import ConfigError, FloatWriteError
 from dqt.numerics.formats import Format
 from dqt.sizes import FLOAT_BLOCK, packed_size
@@ -79,6 +79,14 @@ class QuantizedTensor(torch.Tensor):
                 f"codes of a {format} weight of shape {tuple(shape)} must be uint8 {expected}, "
                 f"not {codes.dtype} {tuple(codes.shape)}"
             )
+        rows = math.prod(shape[:-1])
+        if scale.dtype != torch.float32 or tuple(scale.shape) not in ((), (rows, 1)):
+            raise ConfigError(
+                f"the scale of a weight of shape {tuple(shape)} must be torch.float32 () or {(rows, 1)}, "
+                f"not {scale.dtype} {tuple(scale.shape)}"
+            )
+        if products.compute_bits == "ternary" and format.name not in TERNARIZED:
+            raise ConfigError(no_ternarization(format.name))
         self = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=codes.device)
         self.codes, self.scale, self.format, self.products = codes, scale, format, products
         return self
@@ -236,6 +244,11 @@ class QuantizedTensor(torch.Tensor):
         if func is aten.copy_.default and isinstance(self, cls):  # torch.utils.swap_tensors, weight averaging
             source = args[1]
             if isinstance(source, cls) and source.format == self.format and source.shape == self.shape:
+                if source.scale.shape != self.scale.shape:
+                    raise ConfigError(
+                        f"a weight with a scale of {tuple(self.scale.shape)} can't take one of "
+                        f"{tuple(source.scale.shape)}: quantize both with the same per_row"
+                    )
                 self.codes.copy_(source.codes)
                 self.scale.copy_(source.scale)
                 return self

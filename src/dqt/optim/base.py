@@ -283,6 +283,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
 
     def update_parameter(self, name: str, parameter: Tensor, group: dict[str, Any]) -> None:
         """Takes one parameter's step; its gradient has been checked."""
+        if not parameter.numel():
+            return  # no elements have no mean square
         state = self.state[parameter]
         grad = gradient_matrix(parameter)
         if not state:

@@ -48,7 +48,7 @@ def update(step: Step, paper_scale: Tensor | None = None) -> bool:
     grad = grad.contiguous()
     rule = step.rule
     args = cpu.Update(
-        grad=cpu.pointer(grad, torch.float32),
+        grad=cpu.pointer(grad, torch.float32, parameter.numel()),
         rows=grad.shape[0],
         columns=grad.shape[1],
         stream=step.stream,
@@ -69,7 +69,7 @@ def update(step: Step, paper_scale: Tensor | None = None) -> bool:
         eps=rule.eps,
         least=step.least,
         normalize_first=int(rule.normalize_first),
-        paper_scale=cpu.pointer(paper_scale, torch.float32),
+        paper_scale=cpu.pointer(paper_scale, torch.float32, 1),
         **_moment_fields(step.moments),
     )
     if weight is None:
@@ -130,7 +130,7 @@ def _set_grid(args: cpu.Update, step: Step, weight: QuantizedTensor) -> int:
     fmt, residual, bits = weight.format, step.residual, step.residual_bits
     unit = 2 ** (bits - 1) if bits else 1
     args.codes = cpu.pointer(weight.codes, torch.uint8)
-    args.scale = cpu.pointer(weight.scale, torch.float32)
+    args.scale = cpu.pointer(weight.scale, torch.float32, weight.rows if weight.scale.ndim else 1)
     args.scale_per_row = int(weight.scale.ndim > 0)
     args.code_bytes = weight.codes.shape[-1]
     args.bits, args.qmin, args.levels = fmt.bits, fmt.qmin, fmt.levels

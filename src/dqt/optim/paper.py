@@ -63,7 +63,12 @@ class _PaperStep(QuantizedOptimizer):
         self, name: str, parameter: Tensor, unchanged: str = "no parameter was changed"
     ) -> float:
         norm = super().check_gradient(name, parameter, unchanged)
-        if isinstance(parameter, QuantizedTensor) and not self.frozen_scale and largest_code(parameter) <= 0:
+        if (
+            isinstance(parameter, QuantizedTensor)
+            and parameter.numel()
+            and not self.frozen_scale
+            and largest_code(parameter) <= 0
+        ):
             raise DivergedError(
                 f"{name} has no positive weight left at step {self.state[parameter].get('step', 0) + 1}, so "
                 f"the paper's scale, taken from the signed maximum, is undefined; {unchanged}. Lower the "
