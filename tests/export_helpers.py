@@ -31,12 +31,15 @@ def saved_model(
     arch: str = "llama",
     rules: dict[str, Any] | None = None,
     sizes: dict[str, Any] | None = None,
+    biases: bool = False,
     **recipe: Any,
 ) -> Path:
     """Writes a run's `model/` and returns the run's directory."""
     tokenizer = train_tokenizer([(STDLIB / "decoder.py").read_text(encoding="utf-8")], VOCABULARY)
     tokenizer.save(directory / "tokenizer")
     config = build_config("micro", arch, VOCABULARY, overrides={**SIZES, **(sizes or {})})
+    if biases:
+        config.attention_bias = config.mlp_bias = True
     recipe_used = recipe_for(method, bits, **recipe)
     model, report = build_with_recipe(config, recipe_used, rules, seed=1)
     generator = torch.Generator().manual_seed(2)

@@ -31,5 +31,5 @@ def test_example(example: Path, tmp_path: Path) -> None:
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    for text in SHOWS.get(example.name, []):
+    for text in SHOWS[example.name]:
         assert text in done.stdout

@@ -6,7 +6,9 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -18,19 +20,21 @@ from safetensors.torch import load_file
 from dqt.choices import Products
 from dqt.cli import main
 from dqt.errors import ConfigError, ModelError
-from dqt.export import gguf_file, gguf_vocab, hf
+from dqt.export import gguf_file, hf
 from dqt.export.command import export
-from dqt.export.llama_cpp import next_log_probs
-from dqt.export.source import copy_tokenizer, load_source
+from dqt.export.source import copy_tokenizer, load_source, without_masters
 from dqt.export.verify import Agreement, sample
 from dqt.tensor import QuantizedTensor
 from dqt.train import storage
-from export_helpers import VOCABULARY, saved_model
+from export_helpers import saved_model
 
 SPECIAL = "<|endoftext|>"
 TEXT = [os.__file__, __file__]
 """What exports are verified on; this file holds a special token, which is text there."""
 GROUPED = {"num_key_value_heads": 2}
+
+BITS = {"Q1_0": 1.125, "TQ2_0": 2.0625, "Q4_0": 4.5, "Q8_0": 8.5, "F16": 16, "F32": 32}
+"""Bits a weight that docs/export.md promises."""
 
 # What is exported, where to, and what the GGUF file holds most of.
 CASES: list[tuple[dict[str, Any], str, str | None]] = [
@@ -42,10 +46,11 @@ CASES: list[tuple[dict[str, Any], str, str | None]] = [
     ({"bits": 4, "method": "paper"}, "hf", None),
     ({}, "hf-bitnet", None),
     ({"arch": "bitnet", "sizes": {"tie_word_embeddings": False}}, "hf-bitnet", None),
-    ({"rules": {"*.o_proj": None}}, "hf-bitnet", None),
+    ({"rules": {"*.o_proj": None}, "biases": True}, "hf-bitnet", None),
     ({"bits": None, "method": "bitnet"}, "hf-bitnet", None),
     ({"sizes": GROUPED}, "gguf", "TQ2_0"),
     ({"arch": "bitnet"}, "gguf", "TQ2_0"),
+    ({"sizes": GROUPED, "biases": True}, "gguf", "TQ2_0"),
     ({"bits": 1}, "gguf", "Q1_0"),
     ({"bits": 2, "sizes": GROUPED, "per_row": True}, "gguf", "TQ2_0"),
     ({"bits": 3}, "gguf", "Q4_0"),
@@ -68,7 +73,8 @@ CASES: list[tuple[dict[str, Any], str, str | None]] = [
 
 @pytest.mark.parametrize(("model", "target", "kind"), CASES, ids=str)
 def test_computes_the_same(model: dict[str, Any], target: str, kind: str | None, tmp_path: Path) -> None:
-    result = export(saved_model(tmp_path, **model), target, verify_tokens=60, text=TEXT)
+    run = saved_model(tmp_path, **model)
+    result = export(run, target, verify_tokens=60, text=TEXT)
     assert result.agreement is not None
     assert result.agreement.holds
     assert result.agreement.tokens >= 60
@@ -79,7 +85,13 @@ def test_computes_the_same(model: dict[str, Any], target: str, kind: str | None,
         reader = gguf.GGUFReader(result.path / "m.gguf")
         kinds = [tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1]
         assert max(set(kinds), key=kinds.count) == kind
+        bits = sum(int(np.prod(t.shape)) * BITS[t.tensor_type.name] for t in reader.tensors)
+        assert bits / 8 < result.files["m.gguf"] < bits / 8 + 20_000  # the tokenizer
     else:
+        weights = list(without_masters(load_source(run)).model.parameters())
+        packed = [w.numel() for w in weights if isinstance(w, QuantizedTensor) and target == "hf-bitnet"]
+        size = 4 * sum(w.numel() for w in weights) - 15 / 4 * sum(packed)
+        assert size < result.files["model.safetensors"] < size + 5_000  # its header
         assert {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"} <= set(
             result.files
         )
@@ -175,104 +187,38 @@ def test_scales_of_rows_that_are_the_same_are_one_scale_a_tensor(tmp_path: Path)
     assert scales == [[4.0]] * 7
 
 
-AWKWARD = [
-    "don't  we'll\tHE'S\r\n\n   x=1_000  \n",
-    "naïve Straße 北京 \u200b\u00a0 e\u0301 🙂👩‍👩‍👧 ½²३",
-    f"{SPECIAL} is text here",
-    "    def f(a: int=0) -> None:  # ???!!!\n        return ...",
-]
-
-
-def test_llama_cpp_splits_any_text_as_the_tokenizer_does(tmp_path: Path) -> None:
-    run = saved_model(tmp_path)
-    source = load_source(run)
-    path = export(run, "gguf").path / "m.gguf"
-    for ids, text in zip(next_log_probs(path, [], AWKWARD, VOCABULARY)[1], AWKWARD, strict=True):
-        source.tokenizer.core.encode_special_tokens = True
-        assert ids == source.tokenizer.core.encode(text, add_special_tokens=False).ids
-
-
-def test_a_damaged_gguf_file_is_one_clear_message(tmp_path: Path) -> None:
-    path = export(saved_model(tmp_path), "gguf").path / "m.gguf"
-    path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(ModelError, match=r"llama.cpp does not run .*m\.gguf: .{10}") as caught:
-        next_log_probs(path, [[1, 2]], [], VOCABULARY)
-    assert len(str(caught.value).splitlines()) == 1
-
-
-def tokenizer_with(tmp_path: Path, **changes: Any) -> Any:
-    from tokenizers import Tokenizer
-
-    from dqt.data.tokenizer import TextTokenizer
-
-    source = load_source(saved_model(tmp_path))
-    definition = json.loads(source.tokenizer.core.to_str())
-    definition["model"] |= changes.pop("model", {})
-    return TextTokenizer(Tokenizer.from_str(json.dumps(definition | changes)))
-
-
-def split(pattern: str) -> dict[str, Any]:
-    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-
-
-BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-GPT2 = BYTES | {"use_regex": True}
-DIGITS = {"type": "Digits", "individual_digits": True}
-PRE_TOKENIZERS: list[tuple[dict[str, Any], str]] = [
-    (GPT2, "gpt-2"),
-    ({"type": "Sequence", "pretokenizers": [DIGITS, GPT2]}, "smollm"),
-    ({"type": "Sequence", "pretokenizers": [split(gguf_vocab._QWEN_2), BYTES]}, "qwen2"),
-]
-
-
-@pytest.mark.parametrize(("pre_tokenizer", "name"), PRE_TOKENIZERS, ids=str)
-def test_llama_cpp_knows_the_pre_tokenizer(pre_tokenizer: dict[str, Any], name: str, tmp_path: Path) -> None:
-    run = saved_model(tmp_path)
-    source = dataclasses.replace(
-        load_source(run), tokenizer=tokenizer_with(tmp_path, pre_tokenizer=pre_tokenizer)
-    )
-    gguf_file.write_gguf(source, tmp_path / "m.gguf")
-    field = gguf.GGUFReader(tmp_path / "m.gguf").fields["tokenizer.ggml.pre"]
-    assert field.contents() == name
-    source.tokenizer.core.encode_special_tokens = True
-    texts = [*AWKWARD, "12345 67 x89"]
-    for ids, text in zip(next_log_probs(tmp_path / "m.gguf", [], texts, VOCABULARY)[1], texts, strict=True):
-        assert ids == source.tokenizer.core.encode(text, add_special_tokens=False).ids
-
-
-def test_llama_cpp_begins_a_text_where_the_tokenizer_does(tmp_path: Path) -> None:
-    begin = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
-    template = {
-        "type": "TemplateProcessing",
-        "single": [begin, {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}},
-    }
-    for changes, begins in (({}, False), ({"post_processor": template}, True)):
-        tokenizer = tokenizer_with(tmp_path, **changes)
-        source = dataclasses.replace(load_source(tmp_path), tokenizer=tokenizer)
-        gguf_file.write_gguf(source, tmp_path / "m.gguf")
-        field = gguf.GGUFReader(tmp_path / "m.gguf").fields["tokenizer.ggml.add_bos_token"]
-        assert field.contents() is begins
+LLAMA = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+    "rope_parameters": {"rope_type": "default"},
+}
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "write", "message"),
     [
         (
-            {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split(r"\w+"), BYTES]}},
-            "way to split text",
+            {"model_type": "qwen2"},
+            gguf_file.write_gguf,
+            "gguf has no mapping for the architecture 'qwen2', only",
         ),
-        ({"normalizer": {"type": "NFC"}}, "normalizer"),
-        ({"model": {"ignore_merges": True}}, "ignore_merges"),
+        (
+            {"model_type": "qwen2"},
+            hf.write_hf_bitnet,
+            "hf-bitnet has no mapping for the architecture 'qwen2'",
+        ),
+        ({"hidden_act": "relu2"}, gguf_file.write_gguf, "llama computes SiLU, this model 'relu2'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, gguf_file.write_gguf, "no mapping for rope_type 'yarn'"),
     ],
-    ids=str,
 )
-def test_a_tokenizer_that_llama_cpp_lacks_is_refused(
-    changes: dict[str, Any], message: str, tmp_path: Path
+def test_models_without_a_mapping(
+    changes: dict[str, Any], write: Callable[..., Any], message: str, run: Path, tmp_path: Path
 ) -> None:
+    model = SimpleNamespace(config=SimpleNamespace(**LLAMA | changes))
     with pytest.raises(ModelError, match=message):
-        gguf_vocab.read_vocabulary(tokenizer_with(tmp_path, **changes), VOCABULARY)
+        write(dataclasses.replace(load_source(run), model=model), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("context", "tokens"), [(32, 5000), (8192, 8000), (8192, 60)])

@@ -143,6 +143,10 @@ def test_what_it_writes_is_whole(directory: Path, tmp_path: Path, capsys: pytest
     assert main(["export", str(out), "--to", "hf"]) == 0
     exported = json.loads((out / "export" / "hf" / "generation_config.json").read_text())
     assert exported | GENERATION == exported
+    card = (out / "export" / "hf" / "README.md").read_text(encoding="utf-8")
+    assert 'base_model: "trained"\n' in card
+    assert "| base model | trained, " in card
+    assert str(directory.parent) not in card
     again = run(out / "export" / "hf", tmp_path / "again", quant__bits="8")
     assert again.summary["start"]["architecture"] == "llama"
     capsys.readouterr()

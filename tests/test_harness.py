@@ -82,6 +82,20 @@ def test_json(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert set(found["results"]["dqt_english"]) == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
 
 
+def test_a_task_that_is_none_of_ours(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As lm-eval's own, a YAML file that names a data set; but this one lies here."""
+    data = {"data_files": {"test": str(DATA / "code.jsonl")}, "cache_dir": str(tmp_path / "cache")}
+    task = {"task": "theirs", "dataset_path": "json", "dataset_kwargs": data, "test_split": "test"}
+    (tmp_path / "theirs.yaml").write_text(json.dumps(task | harness._CHOICE))
+    original = harness._manager
+    monkeypatch.setattr(
+        harness, "_manager", lambda **_: original(include_defaults=False, include_path=[tmp_path])
+    )
+    scores = score(run, ["theirs", "dqt_code"], limit=3)
+    assert scores.samples == {"theirs": 3, "dqt_code": 3}
+    assert scores.results["theirs"] == scores.results["dqt_code"]
+
+
 def only_folders(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """Lets lm-eval index some of its folders of tasks, and not all ten thousand files."""
     folders = [Path(lm_eval.__file__).parent / "tasks" / name for name in names]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from dqt import __version__
 from dqt.errors import ConfigError
 from dqt.export.source import Source
 from dqt.export.verify import Agreement
+from dqt.start import name_of
 from dqt.tensor import QuantizedTensor
 from dqt.train.savedmodel import config_beside
 
@@ -69,6 +71,7 @@ def write_card(
         "---",
         f"library_name: {'gguf' if target == 'gguf' else 'transformers'}",
         "pipeline_tag: text-generation",
+        *([f"base_model: {json.dumps(base)}"] if (base := _base(source)) else []),
         f"tags: [{', '.join(tags)}]",
         "---",
         f"# {source.name}\n",
@@ -119,6 +122,8 @@ def _facts(source: Source) -> dict[str, Any]:
         "parameters": f"{total:,}: {bits + '; the rest float' if bits else 'all float'}",
         "method": _method(info),
     }
+    if base := _base(source):
+        facts["base model"] = f"{base}, whose licence and data are this model's too"
     data = summary.get("data", {}).get("source", {})
     if data:
         facts["data"] = ", ".join(f"{key} {value}" for key, value in data.items())
@@ -130,6 +135,12 @@ def _facts(source: Source) -> dict[str, Any]:
             f"(unigram {summary['unigram_nats']:.4f} nats)"
         )
     return facts
+
+
+def _base(source: Source) -> str | None:
+    """What a model is called that this one was trained from; where it lay is nobody's business."""
+    start = source.info.get("summary", {}).get("start")
+    return name_of(start["path"]) if start else None
 
 
 def _bits(name: str) -> str:

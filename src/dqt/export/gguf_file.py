@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dqt.errors import ModelError
 from dqt.export.blocks import BLOCK_TYPES, block_type, to_blocks
-from dqt.export.gguf_vocab import chat_template, read_vocabulary
+from dqt.export.gguf_vocab import read_vocabulary
 from dqt.export.source import Source, as_float, exported_tensors
 from dqt.extras import require
 from dqt.tensor import QuantizedTensor
@@ -239,6 +239,5 @@ def _add_special_tokens(writer: GGUFWriter, source: Source) -> None:
     writer.add_eos_token_id(source.tokenizer.end_id)
     begins = source.tokenizer.core.encode("a").ids[:1] == [config.bos_token_id]
     writer.add_add_bos_token(begins)  # as the tokenizer itself does
-    template = chat_template(source.directory)
-    if template is not None:
-        writer.add_chat_template(template)
+    if source.tokenizer.chat_template is not None:
+        writer.add_chat_template(source.tokenizer.chat_template)

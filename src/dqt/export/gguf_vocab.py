@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dqt.data.tokenizer import TextTokenizer
@@ -22,12 +21,10 @@ _LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_QWEN_2 = _LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
 _PRE_TOKENIZERS: dict[tuple[str, ...], str] = {
     ("gpt2",): "gpt-2",
     ("digits", "gpt2"): "smollm",
     (_LLAMA_3,): "llama-bpe",
-    (_QWEN_2,): "qwen2",
 }
 
 
@@ -87,7 +84,7 @@ def _pre_tokenizer(definition: dict[str, Any] | None) -> str:
     if key not in _PRE_TOKENIZERS:
         raise ModelError(
             "gguf has no mapping for the tokenizer's way to split text, only for those of GPT-2 "
-            "(and dqt train), SmolLM, Llama 3 and Qwen 2: use --to hf"
+            "(and dqt train), SmolLM and Llama 3: use --to hf"
         )
     return _PRE_TOKENIZERS[key]
 
@@ -102,15 +99,3 @@ def _split_of(part: dict[str, Any]) -> str:
     if kind == "Split" and part.get("behavior") == "Isolated" and not part.get("invert"):
         return str(part["pattern"].get("Regex", "other"))
     return str(kind or "nothing")
-
-
-def chat_template(directory: Path) -> str | None:
-    """The template that turns a conversation into a prompt, if the tokenizer in a directory has one."""
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    config = directory / "tokenizer_config.json"
-    template = (
-        json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
-    )
-    return template if isinstance(template, str) else None
