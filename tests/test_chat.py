@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 from dqt.cli import main
-from dqt.data.chat import DEFAULT_TEMPLATE, read_conversations, segments
+from dqt.data.chat import BEGIN, DEFAULT_TEMPLATE, encode_conversations, read_conversations, segments
 from dqt.data.prepare import Corpus, prepare_corpus
 from dqt.data.sampler import IGNORED, ConversationSampler
 from dqt.data.spec import DataSpec
@@ -106,6 +108,16 @@ def test_the_mask_survives_the_shards(chat: Path, tokenizer: TextTokenizer) -> N
     assert 4 <= held_out <= 8
 
 
+def test_an_empty_question_begins_a_conversation_too(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    path = tmp_path / "talks.jsonl"
+    path.write_text('{"prompt": "", "completion": "It is."}\n' * 3)
+    bare = TextTokenizer(
+        tokenizer.core, "<|im_end|>", chat_template="{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    ((_, marks),) = encode_conversations(bare, read_conversations([path]).documents)
+    assert np.count_nonzero(marks & BEGIN) == 3
+
+
 def test_a_batch_is_as_long_as_its_longest(chat: Path, tokenizer: TextTokenizer) -> None:
     corpus = corpus_of(chat, tokenizer)
     assert corpus.train.marks is not None
@@ -128,8 +140,11 @@ def test_a_batch_is_as_long_as_its_longest(chat: Path, tokenizer: TextTokenizer)
 def test_long_conversations_are_cut_and_hopeless_ones_left_out(chat: Path, tokenizer: TextTokenizer) -> None:
     marks = corpus_of(chat, tokenizer).train.marks
     assert marks is not None
-    short = ConversationSampler(marks, 60, seed=0)
-    assert max(short.ends - short.starts) <= 61
+    whole, short = (ConversationSampler(marks, seq_len, seed=0) for seq_len in (200, 45))
+    assert max(short.ends - short.starts) <= 46
+    assert (whole.cut, whole.left_out) == (0, 0)
+    assert 0 < short.left_out == whole.windows - short.windows
+    assert 0 < short.cut == sum(whole.ends - whole.starts > 46) - short.left_out
     with pytest.raises(DataError, match="no conversation has an answer within 5 tokens"):
         ConversationSampler(marks, 5, seed=0)
 
@@ -157,7 +172,7 @@ def test_the_loss_is_that_of_the_answers(chat: Path, tokenizer: TextTokenizer) -
 # -- runs ----------------------------------------------------------------------------------------------------
 
 
-def run(chat: Path, out: Path, resume: str | None = None, **values: Any) -> TrainResult:
+def run(chat: Path, out: Path, resume: str | None = None, stream: Any = None, **values: Any) -> TrainResult:
     settings = {
         "model.preset": "micro",
         "model.num_hidden_layers": 1,
@@ -173,7 +188,7 @@ def run(chat: Path, out: Path, resume: str | None = None, **values: Any) -> Trai
         "train.out": str(out),
         **{key.replace("__", "."): value for key, value in values.items()},
     }
-    return train(Config().override(settings), resume=resume, cache_dir=out.parent / "cache")
+    return train(Config().override(settings), resume=resume, cache_dir=out.parent / "cache", stream=stream)
 
 
 def test_resume_gives_the_same_bits(chat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,8 +206,10 @@ def test_resume_gives_the_same_bits(chat: Path, tmp_path: Path, capsys: pytest.C
 
 def test_an_update_weighs_every_answer_token_the_same(chat: Path, tmp_path: Path) -> None:
     """Two passes of two conversations are one pass of four, whatever their lengths."""
-    settings = {"quant__method": "fp32", "train__steps": 1, "train__sample_tokens": 0}
-    first = run(chat, tmp_path / "a", train__batch_size=2, train__accumulation=2, **settings)
+    settings = {"quant__method": "fp32", "train__steps": 1, "train__sample_tokens": 0, "train__seq_len": 60}
+    said = io.StringIO()
+    first = run(chat, tmp_path / "a", stream=said, train__batch_size=2, train__accumulation=2, **settings)
+    assert re.search(r"train.seq_len = 60 cuts \d+ conversations, and leaves out \d+ that", said.getvalue())
     second = run(chat, tmp_path / "b", train__batch_size=4, train__accumulation=1, **settings)
     losses = [
         next(line["loss"] for line in metrics_of(r.directory.path) if "loss" in line) for r in (first, second)

@@ -10,7 +10,7 @@ import torch
 from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import dqt
 from dqt.errors import ConfigError
@@ -48,6 +48,13 @@ def train(model: nn.Module, parameters: nn.Module, steps: int = 3) -> list[Tenso
 @pytest.fixture(autouse=True)
 def _forget_graphs() -> None:
     torch.compiler.reset()
+
+
+def test_layers_that_stand_elsewhere_are_refused() -> None:
+    sizes = {"hidden_size": 8, "ffn_dim": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = OPTForCausalLM(OPTConfig(vocab_size=8, word_embed_proj_dim=8, **sizes))
+    with pytest.raises(ConfigError, match="no decoder layers in OPTForCausalLM"):
+        compiled.compile_layers(model)
 
 
 @pytest.mark.parametrize("bits", ["ternary", "8"])

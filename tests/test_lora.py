@@ -116,5 +116,8 @@ def test_what_it_refuses() -> None:
                 adapted().unload(), peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[])
             )
         )
+    tokens = peft.LoraConfig(target_modules=["k_proj"], trainable_token_indices=[1, 2])
+    with pytest.raises(ConfigError, match=r"embed_tokens.* holds rows that were trained apart"):
+        dqt.merge_lora(peft.get_peft_model(adapted().unload(), tokens))
     with pytest.raises(TypeError, match="nothing is rounded behind your back"):
         adapted().merge_and_unload()

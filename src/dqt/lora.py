@@ -37,7 +37,8 @@ def merge_lora(model: nn.Module, seed: int = 0) -> nn.Module:
         The model below, without adapters. Float weights have the adapters' product added.
 
     Raises:
-        ConfigError: If there is no LoRA adapter, or one of another form (DoRA, with biases).
+        ConfigError: If there is no LoRA adapter, or one of another form (DoRA, with biases), or tokens that
+            were trained beside it.
     """
     if not hasattr(model, "get_base_model"):
         raise ConfigError(f"merge_lora takes a model of peft, with adapters, not a {type(model).__name__}")
@@ -45,6 +46,12 @@ def merge_lora(model: nn.Module, seed: int = 0) -> nn.Module:
     layers = [(n, m) for n, m in peft_model.get_base_model().named_modules() if hasattr(m, "lora_A")]
     if not layers:
         raise ConfigError("merge_lora: the model has no LoRA adapter")
+    for name, module in peft_model.named_modules():
+        if hasattr(module, "trainable_tokens_delta"):
+            raise ConfigError(
+                f"merge_lora: {name} holds rows that were trained apart, which have no plain LoRA adapter: "
+                "leave trainable_token_indices out, or keep the adapters apart"
+            )
     for name, layer in layers:  # all are looked at before one is changed
         base = layer.get_base_layer()
         plain = isinstance(base, nn.Linear) and not getattr(layer, "lora_variant", None)

@@ -169,9 +169,11 @@ def encode_conversations(
             pieces = segments(json.loads(document.text), tokenizer)
         except DataError as error:
             raise DataError(f"{document.name}: {error}") from error
-        batch += [(text, LEARNT * learnt) for text, learnt in pieces]
-        batch[-len(pieces)] = (pieces[0][0], batch[-len(pieces)][1] | BEGIN)
-        if number % _BATCH == 0:
+        pieces = [piece for piece in pieces if piece[0]]  # an empty one has no token that could begin
+        batch += [
+            (text, LEARNT * learnt | BEGIN * (place == 0)) for place, (text, learnt) in enumerate(pieces)
+        ]
+        if batch and number % _BATCH == 0:
             yield _encode(tokenizer, batch)
             batch = []
     if batch:

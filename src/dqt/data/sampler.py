@@ -89,6 +89,7 @@ class ConversationSampler:
 
     Attributes:
         windows: Conversations, which is samples in an epoch.
+        cut: Conversations of which the end is left out.
         left_out: Conversations of which nothing could be learnt.
 
     Raises:
@@ -99,11 +100,13 @@ class ConversationSampler:
         self.seq_len, self.seed, self.marks = seq_len, seed, marks
         every = marks.read(0, len(marks)).astype(np.uint8)
         starts = np.flatnonzero(every & BEGIN)
-        ends = np.minimum(np.append(starts[1:], len(every)), starts + seq_len + 1)
+        whole = np.append(starts[1:], len(every))
+        ends = np.minimum(whole, starts + seq_len + 1)
         learnt = np.append(0, np.cumsum(every & LEARNT, dtype=np.int64))
         usable = learnt[ends] - learnt[np.minimum(starts + 1, ends)] > 0
         self.starts, self.ends = starts[usable], ends[usable]
         self.windows, self.left_out = len(self.starts), int((~usable).sum())
+        self.cut = int((ends < whole)[usable].sum())
         if not self.windows:
             raise DataError(
                 f"no conversation has an answer within {seq_len} tokens: give others, or a higher --seq-len"

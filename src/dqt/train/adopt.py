@@ -21,7 +21,7 @@ from dqt.nn import set_quantized_weight
 from dqt.quantize import QuantizeReport, Rule
 from dqt.recipe import Recipe
 from dqt.recipes import recipe_for
-from dqt.start import RUN, Start
+from dqt.start import RUN, Start, one_line
 from dqt.tensor import QuantizedTensor
 from dqt.train.pretrained import load_float
 from dqt.train.savedmodel import load_model
@@ -74,7 +74,9 @@ def _require_plain_head(model: PreTrainedModel, start: Start) -> None:
         hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         ours = model.get_output_embeddings()(hidden)
     except Exception as error:  # an encoder, a model of images, whatever else transformers calls a CausalLM
-        raise ModelError(f"--from {start.path}: dqt can't run {start.architecture}: {error}") from error
+        raise ModelError(
+            f"--from {start.path}: dqt can't run {start.architecture}: {one_line(error)}"
+        ) from error
     if not torch.allclose(ours, logits, rtol=1e-3, atol=1e-3):
         raise ModelError(
             f"--from {start.path}: {start.architecture} changes its logits after the head, and dqt's loss "

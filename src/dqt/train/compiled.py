@@ -16,6 +16,7 @@ import contextlib
 import os
 import shutil
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,8 +41,15 @@ def require_compiler() -> None:
 
 
 def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
-    """Makes the decoder layers of a `transformers` model compile at their first call; its names stay."""
-    for layer in model.base_model.layers:  # type: ignore[union-attr]
+    """Makes the decoder layers of a `transformers` model compile at their first call; its names stay.
+
+    Raises:
+        ConfigError: If it keeps them elsewhere than LLaMA does.
+    """
+    layers: Any = getattr(model.base_model, "layers", None)
+    if layers is None:
+        raise ConfigError(f"train.compile finds no decoder layers in {type(model).__name__}: leave it out")
+    for layer in layers:
         layer.compile(backend=backend, dynamic=False)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from dqt.build import autocast
 from dqt.data.chat import LEARNT
 from dqt.data.prepare import Corpus
+from dqt.data.sampler import ConversationSampler
 from dqt.data.tokenizer import TextTokenizer, load_tokenizer
 from dqt.errors import DqtError, LossSpikeError, NonFiniteError, WriteError
 from dqt.evaluate import Evaluation
@@ -134,6 +135,11 @@ class Trainer(Learner):
         storage.write_text(self.directory.config, self.config.to_toml())
         self.directory.write_record(RUNNING, self._facts())
         self.console.say(self._headline())
+        if isinstance(self.sampler, ConversationSampler) and (self.sampler.cut or self.sampler.left_out):
+            self.console.say(
+                f"train.seq_len = {self.seq_len} cuts {self.sampler.cut} conversations, and leaves out "
+                f"{self.sampler.left_out} that have no answer by then"
+            )
         if self.start and not self.step:
             self._say_start()
         if not self.step and ROLLBACK in (train.on_nonfinite, train.on_spike):
