@@ -57,6 +57,8 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "residual of 16 bits": ("2", {"residual_bits": 16}),
     "nearest": ("5", {"residual_bits": 8, "rounding": "nearest"}),
     "int8 moments": ("8", {"residual_bits": 0, "first_moment": "int8", "second_moment": "int8"}),
+    "int8 and factored": ("8", {"residual_bits": 0, "first_moment": "int8", "second_moment": "factored"}),
+    "clipped": ("4", {"residual_bits": 8, "clip_update": 0.5}),
     "fp8 moments": ("8", {"residual_bits": 0, "first_moment": "fp8", "second_moment": "fp8"}),
     "bf16 moments": ("4", {"residual_bits": 8, "first_moment": "bf16", "second_moment": "bf16"}),
     "bf16 first moment": ("4", {"residual_bits": 8, "first_moment": "bf16", "second_moment": "factored"}),

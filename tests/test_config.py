@@ -77,6 +77,15 @@ REFUSED_TOGETHER = [
     ({"optim.second_moment": "half"}, "second_moment"),
     ({"optim.name": "adam"}, "did you mean 'adamw'"),
     ({"optim.name": "sgd", "optim.second_moment": "full"}, "SGD has no second moment"),
+    ({"quant.method": "fp32", "quant.rules": {"*.mlp.*": "8"}}, "takes no rules"),
+    ({"quant.method": "fp32", "quant.embeddings": "8"}, "takes no rules or bits of embeddings"),
+    ({"quant.method": "paper", "quant.rules": {"lm_head": "1"}}, "no 1-bit format"),
+    (
+        {"quant.bits": "8", "quant.compute_bits": "ternary", "quant.rules": {"*.mlp.*": "2"}},
+        r"rule '\*.mlp.\*': .* not 2",
+    ),
+    ({"quant.method": "bitnet", "quant.forward": "float"}, "reads no products"),
+    ({"quant.headroom": -1.0}, "headroom"),
 ]
 
 

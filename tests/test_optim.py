@@ -99,6 +99,23 @@ def test_float_parameters_follow_the_published_optimizers(case: str) -> None:
         assert (ours[name] - theirs[name]).abs().max() <= bound * theirs[name].abs().max(), name
 
 
+def test_a_factored_second_moment_is_adamw_where_squares_have_rank_one() -> None:
+    torch.manual_seed(0)
+    ours = nn.Parameter(torch.randn(5, 7))
+    theirs = copy.deepcopy(ours)
+    squares = torch.rand(5, 1) @ torch.rand(1, 7)
+    pair = (
+        AdamW([("w", ours)], lr=0.05, second_moment="factored"),
+        torch.optim.AdamW([theirs], lr=0.05, betas=(0.9, 0.95), weight_decay=0.0),
+    )
+    for _ in range(10):
+        gradient = squares.sqrt() * torch.randn(()) * torch.randint(0, 2, (5, 7)).sub(0.5).sign()
+        for parameter, optimizer in zip((ours, theirs), pair, strict=True):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
 def test_groups_have_their_own_settings_and_schedulers_work() -> None:
     model = make_model()
     named = list(model.named_parameters())

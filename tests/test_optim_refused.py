@@ -42,6 +42,12 @@ REFUSED = [
     ({"hysteresis": -0.1, "residual_bits": 8}, "hysteresis=-0.1"),
     ({"second_moment": "factord"}, "did you mean 'factored'"),
     ({"rounding": "stochstic"}, "did you mean 'stochastic'"),
+    ({"first_moment": None}, "unknown first_moment None"),
+    ({"betas": (0.9,)}, r"betas=\(0.9,\) must be two numbers"),
+    ({"betas": 0.9}, "betas=0.9 must be two numbers"),
+    ({"lr": "x"}, "lr='x' must be a number"),
+    ({"eps": None}, "eps=None must be a number"),
+    ({"seed": 1.5}, "seed=1.5 must be an integer"),
 ]
 
 
@@ -115,6 +121,24 @@ def test_state_of_other_parameters_is_refused() -> None:
     for named in ([*model.named_parameters()][::-1], [*model.named_parameters()][:2]):
         with pytest.raises(ConfigError, match="the optimizer state is of other parameters"):
             AdamW(named).load_state_dict(state)
+    named = [*model.named_parameters()]
+    with pytest.raises(ConfigError, match="the groups that they are in"):
+        AdamW([{"params": named[:2]}, {"params": named[2:]}]).load_state_dict(state)
+    with pytest.raises(ConfigError, match="entries of no parameter: 99"):
+        AdamW(named).load_state_dict({**state, "state": {99: {"step": 1}}})
+
+
+def test_a_state_of_a_version_without_an_option_loads() -> None:
+    model = make_model()
+    optimizer = AdamW(model.named_parameters())
+    run(model, optimizer, range(1))
+    state = optimizer.state_dict()
+    for key in ("learn_scale", "significance", "first_moment"):
+        del state["param_groups"][0][key]
+    other = AdamW(model.named_parameters())
+    other.load_state_dict(state)
+    assert other.param_groups[0]["learn_scale"] is False
+    assert other.param_groups[0]["first_moment"] == "fp32"
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -131,6 +131,34 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"scale_rule": "absmeen"}, "did you mean 'absmean'"),
     ({"rounding": "neerest"}, "did you mean 'nearest'"),
     ({"method": "paper", "bits": 1}, "use bits ternary, or method strict"),
+    ({"schedule": "cosinus"}, "did you mean 'cosine'"),
+    ({"betas": (1.5, 0.9)}, "betas=.* use two numbers, 0 up to below 1"),
+    ({"betas": (0.9,)}, "use two numbers"),
+    ({"lr": -1.0}, "lr=-1.0 makes no sense"),
+    ({"eps": 0.0}, "eps=0.0 makes no sense"),
+    ({"weight_decay": -0.1}, "weight_decay=-0.1 makes no sense"),
+    ({"headroom": -1.0}, "headroom=-1.0 must be above 0"),
+    ({"method": "paper", "per_row": True}, "leave per_row out, or use method strict"),
+    # What would do nothing.
+    *(
+        ({"method": method, key: value}, f"method {method} reads no {key}")
+        for method, key, value in (
+            ("fp32", "residual_bits", 8),
+            ("fp32", "hysteresis", 0.1),
+            ("fp32", "scale_rule", "absmax"),
+            ("fp32", "headroom", 2.0),
+            ("fp32", "per_row", True),
+            ("bf16", "products", Products(grad_input="float")),
+            ("bitnet", "products", Products(forward="float")),
+            ("strict", "hysteresis", 0.1),
+            ("paper", "hysteresis", 0.1),
+            ("paper", "float_betas", (0.8, 0.9)),
+            ("paper", "float_first_moment", "bf16"),
+            ("paper", "float_second_moment", "bf16"),
+        )
+    ),
+    ({"optimizer": "sgd", "eps": 1e-6}, "sgd reads no eps"),
+    ({"optimizer": "adafactor", "betas": (0.0, 0.99)}, "adafactor reads no second of the betas"),
 ]
 
 
@@ -145,6 +173,10 @@ def test_a_recipe_is_checked_however_it_is_made() -> None:
         Recipe(method="adam", bits=None, lr=1.0)
     with pytest.raises(ConfigError):
         dataclasses.replace(recipe_for("residual", 4), residual_bits=1)
+    with pytest.raises(ConfigError, match="unknown bits '9'"):
+        Recipe("strict", "9")
+    with pytest.raises(ConfigError, match="method fp32 has no bits=4"):
+        Recipe("fp32", "4")
 
 
 def test_bitnet_takes_the_name_of_its_format() -> None:
@@ -227,6 +259,14 @@ def test_autocast_is_for_bf16_only() -> None:
     for method in METHODS:
         context = autocast(recipe_for(method), "cpu")
         assert isinstance(context, torch.autocast if method == "bf16" else contextlib.nullcontext)
+
+
+def test_a_rate_of_zero_is_one_and_a_config_may_have_no_width() -> None:
+    model = Toy()
+    assert all(g["lr"] == 0.0 for g in build_optimizer(model, recipe_for("fp32"), lr=0.0).param_groups)
+    model.config = object()  # type: ignore[assignment]
+    recipe = recipe_for("fp32")
+    assert build_optimizer(model, recipe).param_groups[0]["lr"] == lr_rule(recipe, 8)
 
 
 # method, optimizer, settings -> class, groups' settings of low-bit and of float matrices

@@ -10,11 +10,10 @@ import torch
 from torch import nn
 
 from dqt.baselines import bitnet_
-from dqt.errors import ConfigError
 from dqt.optim import SGD, Adafactor, AdamW, PaperAdafactor, PaperAdamW
 from dqt.optim.base import QuantizedOptimizer
 from dqt.quantize import quantize_
-from dqt.recipe import Recipe
+from dqt.recipe import Recipe, refuse_rules
 from dqt.recipes import LR_WIDTH, lr_rule
 from dqt.rules import QuantizeReport, Rule, linear_modules
 from dqt.tensor import QuantizedTensor
@@ -43,10 +42,9 @@ def prepare_model_(
         What was converted and what was left.
 
     Raises:
-        ConfigError: If rules are given for a method that has none.
+        ConfigError: If the method can't follow a rule.
     """
-    if rules and not recipe.quantized:
-        raise ConfigError(f"method {recipe.method} takes no rules: its weights are floats")
+    refuse_rules(recipe, rules or {})
     if recipe.method == "bitnet":
         report = bitnet_(model)
         if hasattr(model, "save_pretrained"):
@@ -79,13 +77,17 @@ def build_optimizer(
     The linear weights of a float method are the counterpart of low-bit ones, so that two methods can be
     compared with equal moments.
 
+    What changes in the course of a run is for the loop to set, before each step and in every group: "lr" by
+    `dqt.train.schedule.lr_factor`, and "significance" (0 here) to recipe.significance * step / steps.
+
     Args:
         model: As `prepare_model_` left it.
         recipe: Which optimizer, and its settings.
         lr: Learning rate; None takes the recipe's, or that of `lr_rule` for the model's width.
         seed: Of the random rounding.
     """
-    lr = lr or recipe.lr or lr_rule(recipe, _width(model))
+    lr = recipe.lr if lr is None else lr
+    lr = lr_rule(recipe, _width(model)) if lr is None else lr
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     main = {"lr": lr, **_group(recipe, recipe.betas, recipe.first_moment, recipe.second_moment)}
     main["weight_decay"] = recipe.weight_decay
@@ -135,9 +137,9 @@ def _group(recipe: Recipe, betas: tuple[float, float], first: str, second: str) 
 
 def _width(model: nn.Module) -> int:
     """The width that `lr_rule` takes: the config's, or the inputs of the first linear layer."""
-    config = getattr(model, "config", None)
-    if config is not None:
-        return int(config.hidden_size)
+    width = getattr(getattr(model, "config", None), "hidden_size", None)
+    if width is not None:
+        return int(width)
     return next((m.in_features for m in model.modules() if isinstance(m, nn.Linear)), LR_WIDTH)
 
 

@@ -6,7 +6,8 @@ works. Which recipe a method and bit width have by default stands in `dqt.recipe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from dqt.choices import (
@@ -15,15 +16,20 @@ from dqt.choices import (
     FIRST_MOMENTS,
     ROUNDINGS,
     SCALE_RULES,
+    SCHEDULES,
     SECOND_MOMENTS,
+    TERNARIZED,
     Products,
     check_residual,
+    no_ternarization,
     update_conflicts,
 )
 from dqt.errors import ConfigError, did_you_mean
+from dqt.numerics.formats import FORMATS, parse_bits
 
 METHODS = ("strict", "residual", "paper", "fp32", "bf16", "bitnet")
 FLOAT_METHODS = ("fp32", "bf16", "bitnet")
+LOW_BIT_METHODS = ("strict", "residual", "paper")
 OPTIMIZERS = ("adamw", "adafactor", "sgd")
 ENVIRONMENTS = ("fp32", "bf16", "fp8")
 
@@ -100,7 +106,9 @@ class Recipe:
     def __post_init__(self) -> None:
         for key, names in (
             ("method", METHODS),
+            ("bits", (None, *FORMATS)),
             ("optimizer", OPTIMIZERS),
+            ("schedule", SCHEDULES),
             ("second_moment", SECOND_MOMENTS),
             ("float_second_moment", SECOND_MOMENTS),
             ("first_moment", FIRST_MOMENTS),
@@ -144,9 +152,83 @@ class Recipe:
         )
 
 
+_NOT_PAPER = tuple(method for method in METHODS if method != "paper")
+READERS = {
+    **dict.fromkeys(("scale_rule", "headroom", "per_row", "products"), LOW_BIT_METHODS),
+    **dict.fromkeys(("residual_bits", "hysteresis"), ("residual",)),
+    **dict.fromkeys(("float_betas", "float_first_moment", "float_second_moment"), _NOT_PAPER),
+}
+"""Which methods read a setting; those that are not here are read by all, or refused by others."""
+
+
+def refuse_unread(recipe: Recipe, plain: Recipe) -> None:
+    """Refuses settings that would do nothing.
+
+    Args:
+        recipe: What was asked for.
+        plain: The recipe of the same method and optimizer without being asked for anything.
+
+    Raises:
+        ConfigError: They differ in what method or optimizer do not read.
+    """
+    for key, methods in READERS.items():
+        if recipe.method not in methods and (value := getattr(recipe, key)) != getattr(plain, key):
+            raise ConfigError(
+                f"method {recipe.method} reads no {key}, so not {value!r}: leave it out; "
+                f"{', '.join(methods)} would"
+            )
+    if recipe.optimizer != "adamw":
+        for key, asked in (
+            ("eps", recipe.eps != plain.eps),
+            ("second of the betas", recipe.betas[1] != plain.betas[1]),
+        ):
+            if asked:
+                raise ConfigError(
+                    f"{recipe.optimizer} reads no {key}: leave it as it is, or use optimizer adamw"
+                )
+
+
+def refuse_rules(recipe: Recipe, rules: Mapping[str, str | int | None]) -> None:
+    """Refuses rules for weights, name patterns to bits or None for float, that a recipe can't follow.
+
+    Raises:
+        ConfigError: With the pattern.
+    """
+    if rules and not recipe.quantized:
+        raise ConfigError(
+            f"method {recipe.method} takes no rules or bits of embeddings: its weights are floats"
+        )
+    for pattern, bits in rules.items():
+        name = None if bits is None else parse_bits(bits).name
+        if recipe.method == "paper" and name == "1":
+            raise ConfigError(f"rule {pattern!r}: method paper has no 1-bit format, its grid contains zero")
+        if recipe.products.compute_bits == "ternary" and name not in (None, *TERNARIZED):
+            raise ConfigError(f"rule {pattern!r}: {no_ternarization(str(name))}")
+
+
+def _conflicts_of_numbers(recipe: Recipe) -> Iterator[tuple[object, str]]:
+    for key in ("lr", "eps"):
+        value = getattr(recipe, key)
+        yield (
+            value is not None and not 0 < value < math.inf,
+            f"{key}={value} makes no sense: use a number above 0",
+        )
+    for key in ("weight_decay", "grad_clip", "clip_update", "warmup_steps"):
+        value = getattr(recipe, key)
+        yield value is not None and not 0 <= value < math.inf, f"{key}={value} makes no sense: use 0 or more"
+    for key in ("betas", "float_betas"):
+        betas = getattr(recipe, key)
+        yield (
+            len(betas) != 2 or not all(0 <= beta < 1 for beta in betas),
+            f"{key}={betas} makes no sense: use two numbers, 0 up to below 1",
+        )
+    yield not 0 < recipe.headroom <= 1000, f"headroom={recipe.headroom} must be above 0, and 1000 at the most"
+
+
 def _conflicts(recipe: Recipe) -> Iterator[tuple[object, str]]:
     """What does not go together: whether it is so here, and what to say then."""
     method, optimizer, bits = recipe.method, recipe.optimizer, recipe.bits
+    yield from _conflicts_of_numbers(recipe)
     yield (
         method == "strict" and recipe.residual_bits,
         f"method strict keeps no residual: residual_bits={recipe.residual_bits} needs method residual",
@@ -195,6 +277,10 @@ def _conflicts(recipe: Recipe) -> Iterator[tuple[object, str]]:
         recipe.quantized and bits is None,
         f"method {method} needs bits: ternary, or 1 to 8",
     )
+    yield (
+        not recipe.quantized and bits is not None,
+        f"method {method} has no bits={bits}: leave bits out, or use method strict or residual",
+    )
 
 
 def _conflicts_of_products(recipe: Recipe) -> Iterator[tuple[object, str]]:
@@ -209,7 +295,7 @@ def _conflicts_of_products(recipe: Recipe) -> Iterator[tuple[object, str]]:
     )
     if products.compute_bits == "ternary":
         yield (
-            recipe.method not in ("strict", "residual") or recipe.bits not in ("4", "5", "6", "7", "8"),
+            recipe.method not in ("strict", "residual") or recipe.bits not in TERNARIZED,
             "compute_bits=ternary rounds stored integers of 4 to 8 bits, which method "
             f"{recipe.method}{f' with {recipe.bits} bits' if recipe.bits else ''} has not: use method strict "
             "with bits 8, or bits ternary without compute_bits",
@@ -267,6 +353,7 @@ def _conflicts_of_paper(recipe: Recipe) -> Iterator[tuple[object, str]]:
         recipe.bits == "1",
         ("method paper has no 1-bit format, its grid contains zero: use bits ternary, or method strict"),
     )
+    yield recipe.per_row, "method paper has one scale a tensor: leave per_row out, or use method strict"
     yield recipe.optimizer == "sgd", "method paper has no SGD: use optimizer adamw or adafactor"
     yield (
         recipe.optimizer == "adamw" and recipe.clip_update,

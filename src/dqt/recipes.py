@@ -20,7 +20,7 @@ from typing import Any
 from dqt.choices import PRODUCTS, TRAINED_PRODUCTS, Products
 from dqt.errors import ConfigError, did_you_mean
 from dqt.numerics.formats import Format, parse_bits
-from dqt.recipe import FLOAT_METHODS, METHODS, Recipe
+from dqt.recipe import FLOAT_METHODS, METHODS, Recipe, refuse_unread
 
 __all__ = ["METHODS", "Recipe", "lr_rule", "recipe_for"]
 
@@ -60,7 +60,11 @@ def recipe_for(
     if overrides.get("error_feedback") == "eco":
         defaults.pop("significance", None)  # what does not stand out is kept back, and fed back
     defaults |= _of_environment(overrides.get("environment", "fp32"), {**defaults, **overrides})
-    return Recipe(**{**defaults, **overrides})
+    recipe = Recipe(**{**defaults, **overrides})
+    kind = {key: overrides[key] for key in ("optimizer", "environment") if key in overrides}
+    if len(kind) < len(overrides):
+        refuse_unread(recipe, recipe_for(method, bits, trained=trained, **kind))
+    return recipe
 
 
 def _of_environment(environment: str, settings: Mapping[str, Any]) -> dict[str, Any]:

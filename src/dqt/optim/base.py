@@ -11,6 +11,7 @@ parameters nor the number of processes changes a result.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
@@ -151,6 +152,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             seen[stream] = name
 
     def _check_group(self, group: dict[str, Any]) -> None:
+        checks.require_numbers(group)
         if not 0.0 <= group["lr"] < float("inf"):
             raise ConfigError(f"lr={group['lr']} must be finite and not negative")
         if not 0.0 <= group["weight_decay"] < float("inf"):
@@ -163,7 +165,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             ("first_moment", FIRST_MOMENTS),
             ("second_moment", SECOND_MOMENTS),
         ):
-            if (value := group.get(key)) is not None and value not in names:
+            if key in group and (value := group[key]) not in names:
                 raise ConfigError(f"unknown {key} {value!r}; {did_you_mean(value, names)}")
         if not 0.0 <= group["drop_smallest"] < 1.0:
             raise ConfigError(f"drop_smallest={group['drop_smallest']} must be in [0, 1)")
@@ -399,23 +401,26 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         torch's own method casts state to the parameter's dtype, which would turn integer state into floats.
 
         Raises:
-            ConfigError: If the parameter names differ, or a state tensor is not what a step of this optimizer
-                expects; nothing was changed then.
+            ConfigError: If the parameters or their groups differ, or a state tensor is not what a step of
+                this optimizer expects; nothing was changed then.
         """
-        ours = [name for group in self.param_groups for name in group["param_names"]]
-        theirs = [name for group in state_dict["param_groups"] for name in group.get("param_names", [])]
-        if ours != theirs:
-            differing = sorted(set(ours) ^ set(theirs)) or ["the order of the parameters"]
+        saved_groups = [{**_DEFAULTS, **group} for group in state_dict["param_groups"]]  # of older versions
+        split = [group["param_names"] for group in self.param_groups]
+        saved_split = [group.get("param_names", []) for group in saved_groups]
+        ours, theirs = [*itertools.chain(*split)], [*itertools.chain(*saved_split)]
+        if split != saved_split:
+            differing = sorted(set(ours) ^ set(theirs)) or ["their order, or the groups that they are in"]
             raise ConfigError(f"the optimizer state is of other parameters: {', '.join(differing[:5])}")
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        groups = [group for group in state_dict["param_groups"] for _ in group["param_names"]]
+        groups = [group for group in saved_groups for _ in group["param_names"]]
+        if strange := {str(index) for index in state_dict["state"]} - {str(i) for i in range(len(ours))}:
+            raise ConfigError(
+                f"the optimizer state has entries of no parameter: {', '.join(sorted(strange)[:5])}"
+            )
         for index, saved in state_dict["state"].items():
             forms = self._forms(parameters[int(index)], groups[int(index)])
             checks.require_fitting(ours[int(index)], saved, forms)
-        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        for group in self.param_groups:  # options that are younger than what was saved
-            for key, default in _DEFAULTS.items():
-                group.setdefault(key, default)
+        super().load_state_dict({"state": {}, "param_groups": saved_groups})
         for index, saved in state_dict["state"].items():
             parameter = parameters[int(index)]
             self.state[parameter] = {

@@ -24,6 +24,7 @@ import tomli_w
 from dqt.choices import PRODUCTS
 from dqt.data.spec import DataSpec
 from dqt.errors import ConfigError, did_you_mean
+from dqt.recipe import refuse_rules
 from dqt.recipes import Recipe, lr_rule, recipe_for
 from dqt.train.given import given
 from dqt.train.guard import SKIP
@@ -66,7 +67,7 @@ class Config:
                 f"quant.calibrate = {self.quant.calibrate} is for trained weights: leave it out, or "
                 "set model.start_from"
             )
-        self.recipe()  # refuses what does not go together
+        refuse_rules(self.recipe(), self.quant.rules_to_bits)
         if self.train.gradient_release and self.optim.grad_clip:
             raise ConfigError(
                 f"optim.grad_clip = {self.optim.grad_clip} needs all gradients at once, and "
