@@ -25,8 +25,6 @@ FLOAT_RESIDUAL = 32
 RESIDUAL_BITS = (0, 2, 3, 4, 5, 6, 7, 8, 16, FLOAT_RESIDUAL)
 DEFAULT_HYSTERESIS = 0.056
 
-SCHEDULES = ("cosine", "linear", "wsd")
-
 PRODUCTS = ("forward", "grad_input", "grad_weight")
 PRODUCT_KINDS = ("int8", "float", "fp8")
 COMPUTE_BITS = ("stored", "ternary")

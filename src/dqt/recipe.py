@@ -16,7 +16,6 @@ from dqt.choices import (
     FIRST_MOMENTS,
     ROUNDINGS,
     SCALE_RULES,
-    SCHEDULES,
     SECOND_MOMENTS,
     TERNARIZED,
     Products,
@@ -26,6 +25,7 @@ from dqt.choices import (
 )
 from dqt.errors import ConfigError, did_you_mean
 from dqt.numerics.formats import FORMATS, parse_bits
+from dqt.train.schedule import SCHEDULES
 
 METHODS = ("strict", "residual", "paper", "fp32", "bf16", "bitnet")
 FLOAT_METHODS = ("fp32", "bf16", "bitnet")

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from dqt import ops
 from dqt.errors import ConfigError
-from dqt.optim.base import Options, QuantizedOptimizer
+from dqt.optim.base import QuantizedOptimizer
 from dqt.optim.moments import Moments, ordered_mean
+from dqt.optim.options import Options
 from dqt.optim.rule import Rule
 from dqt.optim.step import row_blocks
 from dqt.tensor import QuantizedTensor
@@ -42,7 +43,7 @@ class Adafactor(QuantizedOptimizer):
         beta1: Decay of the first moment; 0 keeps none.
         weight_decay: Decoupled weight decay.
         scale_parameter: Multiply the learning rate by the rms of the weight.
-        **options: What all optimizers take; see `dqt.optim.base.Options`.
+        **options: What all optimizers take; see `dqt.optim.options.Options`.
 
     Raises:
         ConfigError: If parameters are unnamed, or a setting makes no sense.

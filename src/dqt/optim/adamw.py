@@ -17,8 +17,9 @@ from typing import Any, Unpack
 from torch import Tensor
 
 from dqt.errors import ConfigError
-from dqt.optim.base import Options, QuantizedOptimizer
+from dqt.optim.base import QuantizedOptimizer
 from dqt.optim.moments import Moments, ordered_mean, update_clip
+from dqt.optim.options import Options
 from dqt.optim.rule import Rule
 
 
@@ -35,7 +36,7 @@ class AdamW(QuantizedOptimizer):
         clip_update: Limits each tensor's step: its direction is divided by what the gradient's root mean
             square, over the running one, has above this number; 0 does not clip. For gradient release, where
             the global norm can't be clipped.
-        **options: What all optimizers take; see `dqt.optim.base.Options`.
+        **options: What all optimizers take; see `dqt.optim.options.Options`.
 
     Raises:
         ConfigError: If parameters are unnamed, or a setting makes no sense.

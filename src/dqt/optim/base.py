@@ -14,19 +14,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from dqt.choices import (
-    DEFAULT_HYSTERESIS,
-    ERROR_FEEDBACKS,
-    FIRST_MOMENTS,
-    SECOND_MOMENTS,
-    check_residual,
-    update_conflicts,
-)
 from dqt.errors import ConfigError, DqtError, NonFiniteError, did_you_mean
 from dqt.numerics import philox
 from dqt.numerics.rounding import ROUNDINGS
@@ -34,6 +26,7 @@ from dqt.optim import checks, fused
 from dqt.optim.eco import feed_back
 from dqt.optim.learned_scale import update_scale
 from dqt.optim.moments import Form, Moments, mean_squares, ordered_mean
+from dqt.optim.options import DEFAULTS, check_options, check_pairs
 from dqt.optim.rule import Rule
 from dqt.optim.significance import least_direction
 from dqt.optim.step import Step, gradient_matrix, matrix_shape, write_float
@@ -49,49 +42,6 @@ from dqt.tensor import QuantizedTensor
 
 if TYPE_CHECKING:
     from dqt.optim.release import GradientRelease
-
-
-class Options(TypedDict, total=False):
-    """What every optimizer here takes beside its own arguments, for all parameters or in a group.
-
-    Attributes:
-        seed: Of all random rounding, in [0, 2**32).
-        residual_bits: Remainder kept for each weight: 0 is strict, 2 to 8 or 16 bits residual, "auto" 8 bits
-            below 5-bit weights and 0 from there on.
-        hysteresis: How far beyond a cell's boundary a weight with a residual moves before its code changes,
-            in grid steps.
-        rounding: "stochastic"; for comparison one of the others in `dqt.numerics.rounding`.
-        drop_smallest: Share of the smallest updates of a low-bit weight that is dropped; for comparison.
-        significance: Moves only weights whose direction is this many times what noise alone would make of it,
-            and keeps the others still (AdamW only); see `dqt.optim.significance`.
-        learn_scale: Train the scales of low-bit weights too (AdamW only); see `dqt.optim.learned_scale`.
-        error_feedback: "none", or "eco"; see `dqt.optim.eco`.
-        first_moment: How a first moment is kept: "none", "fp32", "bf16", "int8" or "fp8"; see
-            `dqt.optim.moments`.
-    """
-
-    seed: int
-    residual_bits: int | str
-    hysteresis: float
-    rounding: str
-    drop_smallest: float
-    significance: float
-    learn_scale: bool
-    error_feedback: str
-    first_moment: str
-
-
-_DEFAULTS: dict[str, Any] = {
-    "seed": 0,
-    "residual_bits": "auto",
-    "hysteresis": DEFAULT_HYSTERESIS,
-    "rounding": "stochastic",
-    "drop_smallest": 0.0,
-    "significance": 0.0,
-    "learn_scale": False,
-    "error_feedback": "none",
-    "first_moment": "fp32",
-}
 
 
 class QuantizedOptimizer(torch.optim.Optimizer):
@@ -116,10 +66,10 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         self, named_parameters: Iterable[Any], defaults: Mapping[str, Any], options: Mapping[str, Any]
     ) -> None:
         for key in options:
-            if key not in _DEFAULTS:
-                known = (*defaults, *_DEFAULTS)
+            if key not in DEFAULTS:
+                known = (*defaults, *DEFAULTS)
                 raise ConfigError(f"{type(self).__name__} takes no {key!r}; {did_you_mean(key, known)}")
-        super().__init__(named_parameters, {**defaults, **_DEFAULTS, **options})
+        super().__init__(named_parameters, {**defaults, **DEFAULTS, **options})
         self.collect_telemetry = True
         self.check_state = False
         self._stats = WriteBackStats()
@@ -131,7 +81,6 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         try:
             self._check_names()
             self._check_group(self.param_groups[-1])
-            self._check_pairs(self.param_groups[-1])
         except ConfigError:
             self.param_groups.pop()
             raise
@@ -152,43 +101,10 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             seen[stream] = name
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        checks.require_numbers(group)
-        if not 0.0 <= group["lr"] < float("inf"):
-            raise ConfigError(f"lr={group['lr']} must be finite and not negative")
-        if not 0.0 <= group["weight_decay"] < float("inf"):
-            raise ConfigError(f"weight_decay={group['weight_decay']} must be finite and not negative")
-        if not 0 <= group["seed"] < 2**32:
-            raise ConfigError(f"seed={group['seed']} must be in [0, 2**32)")
-        for key, names in (
-            ("rounding", ROUNDINGS),
-            ("error_feedback", ERROR_FEEDBACKS),
-            ("first_moment", FIRST_MOMENTS),
-            ("second_moment", SECOND_MOMENTS),
-        ):
-            if key in group and (value := group[key]) not in names:
-                raise ConfigError(f"unknown {key} {value!r}; {did_you_mean(value, names)}")
-        if not 0.0 <= group["drop_smallest"] < 1.0:
-            raise ConfigError(f"drop_smallest={group['drop_smallest']} must be in [0, 1)")
-        if not 0.0 <= group["significance"] < float("inf"):
-            raise ConfigError(f"significance={group['significance']} must be finite and not negative")
-        check_residual(0 if group["residual_bits"] == "auto" else group["residual_bits"], group["hysteresis"])
-
-    def _check_pairs(self, group: dict[str, Any]) -> None:
-        """Refuses what does not go together: of low-bit weights, and of all in the paper's step."""
-        if self.published or any(isinstance(parameter, QuantizedTensor) for parameter in group["params"]):
-            for wrong, message in update_conflicts(
-                self.kind,
-                published=self.published,
-                first_moment=group["first_moment"] if self.first_beta(group) else "none",
-                second_moment=group.get("second_moment", "none"),
-                residual_bits=group["residual_bits"],
-                rounding=group["rounding"],
-                significance=group["significance"],
-                error_feedback=group["error_feedback"],
-                learns_scale=group["learn_scale"],
-            ):
-                if wrong:
-                    raise ConfigError(message)
+        """Refuses settings that make no sense; subclasses add their own."""
+        check_options(group)
+        first = group["first_moment"] if self.first_beta(group) else "none"
+        check_pairs(group, self.kind, self.published, first)
 
     # -- the update rule, written by subclasses --------------------------------------------------------------
 
@@ -404,7 +320,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             ConfigError: If the parameters or their groups differ, or a state tensor is not what a step of
                 this optimizer expects; nothing was changed then.
         """
-        saved_groups = [{**_DEFAULTS, **group} for group in state_dict["param_groups"]]  # of older versions
+        saved_groups = [{**DEFAULTS, **group} for group in state_dict["param_groups"]]  # of older versions
         split = [group["param_names"] for group in self.param_groups]
         saved_split = [group.get("param_names", []) for group in saved_groups]
         ours, theirs = [*itertools.chain(*split)], [*itertools.chain(*saved_split)]

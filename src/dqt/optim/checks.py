@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -20,28 +19,6 @@ from torch import Tensor
 from dqt.errors import ConfigError, NonFiniteError
 from dqt.optim.moments import Form
 from dqt.tensor import QuantizedTensor
-
-_NUMBERS = (
-    *("lr", "weight_decay", "hysteresis", "drop_smallest", "significance", "eps", "betas", "beta1"),
-    *("momentum", "clip_update", "clip_threshold", "decay_rate"),
-)
-
-
-def require_numbers(group: Mapping[str, Any]) -> None:
-    """Refuses settings of a group that are no numbers, or not as many.
-
-    Raises:
-        ConfigError: With the setting.
-    """
-    for key in _NUMBERS:
-        if key in group:
-            value = group[key]
-            pair = key == "betas" or (key == "eps" and "decay_rate" in group)  # Adafactor's has two
-            parts = tuple(value) if pair and isinstance(value, tuple | list) else (value,)
-            if len(parts) != (2 if pair else 1) or not all(isinstance(part, Real) for part in parts):
-                raise ConfigError(f"{key}={value!r} must be {'two numbers' if pair else 'a number'}")
-    if not isinstance(group["seed"], Integral):
-        raise ConfigError(f"seed={group['seed']!r} must be an integer")
 
 
 def require_kept(name: str, state: Mapping[str, Any], expected: Mapping[str, Form]) -> None:

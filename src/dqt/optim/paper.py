@@ -28,8 +28,9 @@ from dqt.errors import ConfigError, DivergedError
 from dqt.optim import fused
 from dqt.optim.adafactor import Adafactor
 from dqt.optim.adamw import AdamW
-from dqt.optim.base import Options, QuantizedOptimizer
+from dqt.optim.base import QuantizedOptimizer
 from dqt.optim.moments import Moments
+from dqt.optim.options import Options
 from dqt.optim.rule import Rule
 from dqt.optim.step import Step, row_blocks
 from dqt.tensor import QuantizedTensor
@@ -104,7 +105,7 @@ class PaperAdamW(_PaperStep, AdamW):
         eps: Added to the root of the second moment before bias correction.
         weight_decay: Applied to every parameter, after the step.
         frozen_scale: Keep each scale, instead of recomputing it at every step.
-        **options: What all optimizers take; see `dqt.optim.base.Options`.
+        **options: What all optimizers take; see `dqt.optim.options.Options`.
     """
 
     def __init__(
@@ -148,7 +149,7 @@ class PaperAdafactor(_PaperStep, Adafactor):
         clip_threshold: Largest rms of an update; 0 does not clip.
         weight_decay: Applied to every parameter, after the step.
         frozen_scale: Keep each scale, instead of recomputing it at every step.
-        **options: What all optimizers take; see `dqt.optim.base.Options`.
+        **options: What all optimizers take; see `dqt.optim.options.Options`.
     """
 
     def __init__(

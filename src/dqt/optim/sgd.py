@@ -14,8 +14,9 @@ from typing import Any, Unpack
 from torch import Tensor
 
 from dqt.errors import ConfigError
-from dqt.optim.base import Options, QuantizedOptimizer
+from dqt.optim.base import QuantizedOptimizer
 from dqt.optim.moments import Moments
+from dqt.optim.options import Options
 from dqt.optim.rule import Rule
 
 
@@ -27,7 +28,7 @@ class SGD(QuantizedOptimizer):
         lr: Learning rate, in units of the weights.
         momentum: Decay of the first moment; 0 keeps none.
         weight_decay: Decoupled weight decay.
-        **options: What all optimizers take; see `dqt.optim.base.Options`.
+        **options: What all optimizers take; see `dqt.optim.options.Options`.
 
     Raises:
         ConfigError: If parameters are unnamed, or a setting makes no sense.

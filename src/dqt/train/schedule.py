@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 
-from dqt.choices import SCHEDULES
 from dqt.errors import ConfigError, did_you_mean
+
+SCHEDULES = ("cosine", "linear", "wsd")
 
 
 def lr_factor(

@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
-from dqt.choices import SCHEDULES
 from dqt.data.spec import DataSpec
 from dqt.errors import ConfigError
 from dqt.models import ARCHITECTURES, PRESETS
 from dqt.numerics.formats import parse_bits
 from dqt.start import name_of
 from dqt.train.guard import IGNORE, ON_NONFINITE, ON_SPIKE, STOP
+from dqt.train.schedule import SCHEDULES
 from dqt.train.section import Section
 
 LEAVE_FLOAT = "float"
