@@ -327,6 +327,29 @@ def test_a_kernel_refuses_what_it_cannot_read() -> None:
         cpu.pointer(torch.zeros(3, 3), torch.float32, 12)
 
 
+# What an update reads, by how it keeps its moments: `DqtMoment` of the first and the second.
+READ = {
+    (1, 1): ("grad", "weight", "exp_avg", "exp_avg_sq"),
+    (3, 3): ("grad", "weight", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale"),
+    (0, 4): ("grad", "weight", "row_inverse", "column_inverse"),
+}
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(
+    ("kinds", "missing"), [(kinds, name) for kinds, names in READ.items() for name in names]
+)
+def test_an_update_without_a_tensor_is_refused(kinds: tuple[int, int], missing: str) -> None:
+    tensors = {name: torch.zeros(4) for name in READ[kinds]}
+    for absent, status in ((None, 0), (missing, 1)):
+        pointers = {name: tensor.data_ptr() for name, tensor in tensors.items() if name != absent}
+        args = cpu.Update(rows=2, columns=2, scale_blocks=1, first=kinds[0], second=kinds[1], **pointers)
+        args.rounded_moments = 3 in kinds
+        lib = cpu.library()
+        assert lib is not None
+        assert lib.dqt_update(ctypes.byref(args)) == status
+
+
 @pytest.mark.parametrize(
     ("name", "message"), [("avx1024", "unknown DQT_ISA='avx1024'"), ("AVX2", "did you mean 'avx2'")]
 )
