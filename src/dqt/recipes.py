@@ -47,7 +47,8 @@ def recipe_for(
             raise ConfigError(
                 f"method {method} has no --bits {bits}: leave bits out, or use method strict or residual"
             )
-        defaults: dict[str, Any] = {"method": method, "bits": None, "init_gain": _INIT_GAIN}
+        defaults: dict[str, Any] = {"method": method, "bits": None}
+        defaults["init_gain"] = _INIT_GAIN if method == "bitnet" else None
     else:
         fmt = parse_bits("ternary" if bits is None else bits)
         method = method or ("strict" if fmt.bits >= 5 else "residual")
@@ -87,10 +88,10 @@ def _of_environment(environment: str, settings: Mapping[str, Any]) -> dict[str, 
     return changes
 
 
-# Standard deviation of first weights times the root of their inputs, in all methods but `paper`. Micro with 4
-# layers, 1.25M tokens, one seed, FP32 and strict 8 bits at 2.5e-3, BitNet at 3e-3: gain 1 2.298, 2.309 and
-# 2.386; transformers' 0.02, a gain of 0.23 at this width, 2.318, 2.321 and 2.462; gain 1.5 2.442 (FP32) and
-# 2.418 (BitNet); 0.6 2.312 (FP32).
+# Standard deviation of first weights times the root of their inputs. Micro with 4 layers, one seed, BitNet at
+# 3e-3, 1.25M tokens: gain 1 2.386; 1.5 2.418; transformers' 0.02, a gain of 0.23 at this width, 2.462. FP32
+# keeps 0.02: at 2.5e-3 and 2.5M tokens seed 1000 has 2.013 with gain 1 and 2.046 with 0.02, seed 0 2.003 and
+# 1.982.
 _INIT_GAIN = 1.0
 
 # A ternary weight can't grow beyond its frozen scale, so it must start as long as float weights would become.
@@ -101,12 +102,14 @@ _LOW_BIT_INIT_GAIN = 1.5
 
 def _strict(fmt: Format) -> dict[str, Any]:
     # From 4 bits on weights have room to grow on a grid coarser than the least-error one, at the price of its
-    # rounding noise. 8 bits against FP32 of the same seed, two seeds, first weights of 0.02 (micro, 1.5M
-    # tokens, lr 2.5e-3): headroom 3 +0.029, +0.026 nats; 2 +0.006, +0.016; 1.5 +0.004 (one seed). With a gain
-    # of 1 and 1.25M tokens 2 and 1 are the same, 2.309.
+    # rounding noise: its variance grows with the grid step, and its price with the run. 8 bits against FP32 of
+    # the same seed, two seeds (micro, 1.5M tokens, lr 2.5e-3): headroom 3 +0.029, +0.026 nats; 2 +0.006,
+    # +0.016; 1.5 +0.004 (one seed). Micro with 4 layers, 2.5M tokens, seed 0, FP32 1.982: first weights of
+    # 0.02, headroom 2 1.972; gain 0.5 and headroom 1, the same step, 2.003; gain 1 2.022 with headroom 1 and
+    # 2.062 with 2, 4.4 times the step.
     wide = fmt.bits >= 4
     return {
-        "init_gain": _INIT_GAIN if wide else _LOW_BIT_INIT_GAIN,
+        "init_gain": None if wide else _LOW_BIT_INIT_GAIN,
         "headroom": 2.0 if wide else 1.0,
         # 1 byte a weight, not 8. 8 bits against FP32 of the same seed, three seeds (micro, 1.5M tokens, lr
         # 2.5e-3): float32 moments +0.001, +0.028, +0.014 nats; factored second +0.016, +0.015, +0.000; int8

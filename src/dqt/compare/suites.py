@@ -205,7 +205,7 @@ def _why() -> Suite:
         start: Settings = (
             {"quant__scale_rule": "absmean", "quant__init_gain": 1.5}
             if narrow
-            else {"quant__scale_rule": "gaussian", "quant__headroom": 2.0, "quant__init_gain": 1.0}
+            else {"quant__scale_rule": "gaussian", "quant__headroom": 2.0, "model__initializer_range": 0.02}
         )
         steps: dict[str, Settings] = {
             "paper": paper(bits),
