@@ -24,6 +24,7 @@ from dqt.compare.results import collect
 from dqt.compare.runs import LEDGER
 from dqt.compare.suites import SUITES
 from dqt.errors import ConfigError
+from dqt.train.config import Config
 from train_helpers import micro_config
 
 
@@ -170,8 +171,11 @@ def test_tuning_finds_the_best_rate_of_its_grid(tmp_path: Path) -> None:
     tuning = {run["lr"]: run["val_loss"] for run in found["tuning"]}
     assert {5e-4, 1e-3, 2e-3} <= tuning.keys()
     assert found["lr"] == min(tuning, key=tuning.__getitem__)
-    assert all(run["seed"] == 1000 and run["step"] == 4 for run in found["tuning"])
+    assert all(run["seed"] == 1000 and run["step"] == 8 for run in found["tuning"])
     assert [(run["seed"], run["step"]) for run in found["runs"]] == [(0, 16)]
+    directories = [Path(run["directory"]) for run in (*found["tuning"], *found["runs"])]
+    warm_ups = {Config.from_toml(path / "config.toml").optim.warmup_steps for path in directories}
+    assert warm_ups == {1}, "the final run's, however short a run is"
 
 
 def listen_to_ctrl_c() -> None:
