@@ -68,6 +68,7 @@ QUICK: Settings = {
     "data.vocab_size": 300,
     "data.max_bytes": 200_000,
     "train.steps": 8,
+    "optim.warmup_steps": 1,
     "train.seq_len": 32,
     "train.batch_size": 2,
     "train.eval_windows": 4,
