@@ -90,8 +90,8 @@ def _of_environment(environment: str, settings: Mapping[str, Any]) -> dict[str, 
 
 # Standard deviation of first weights times the root of their inputs. Micro with 4 layers, one seed, BitNet at
 # 3e-3, 1.25M tokens: gain 1 2.386; 1.5 2.418; transformers' 0.02, a gain of 0.23 at this width, 2.462. FP32
-# keeps 0.02: at 2.5e-3 and 2.5M tokens seed 1000 has 2.013 with gain 1 and 2.046 with 0.02, seed 0 2.003 and
-# 1.982.
+# keeps 0.02: at 2.5e-3 and 2.5M tokens seed 1000 has 2.013 with gain 1 and 2.046 with 0.02, seed 0 2.003 with
+# gain 1 and 1.982 with 0.226.
 _INIT_GAIN = 1.0
 
 # A ternary weight can't grow beyond its frozen scale, so it must start as long as float weights would become.
@@ -103,10 +103,10 @@ _LOW_BIT_INIT_GAIN = 1.5
 def _strict(fmt: Format) -> dict[str, Any]:
     # From 4 bits on weights have room to grow on a grid coarser than the least-error one, at the price of its
     # rounding noise: its variance grows with the grid step, and its price with the run. 8 bits against FP32,
-    # two seeds (micro, 1.5M tokens, lr 2.5e-3): headroom 3 +0.029, +0.026 nats; 2 +0.006,
-    # +0.016; 1.5 +0.004 (one seed). Micro with 4 layers, 2.5M tokens, seed 0, FP32 1.982: first weights of
-    # 0.02, headroom 2 1.972; gain 0.5 and headroom 1, the same step, 2.003; gain 1 2.022 with headroom 1 and
-    # 2.062 with 2, 4.4 times the step.
+    # two seeds (micro, 1.5M tokens, lr 2.5e-3): headroom 3 +0.029, +0.026 nats; 2 +0.006, +0.016; 1.5 +0.004
+    # (one seed). Micro with 4 layers, 2.5M tokens, seed 0, FP32 1.982: gain 0.226 (which is 0.02 for most),
+    # headroom 2 1.972; gain 0.5, headroom 1, about the same step, 2.003; gain 1 2.022 with headroom 1 and 2.062
+    # with 2, 4.4 times the step.
     wide = fmt.bits >= 4
     return {
         "init_gain": None if wide else _LOW_BIT_INIT_GAIN,
