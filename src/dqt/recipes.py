@@ -105,8 +105,8 @@ def _strict(fmt: Format) -> dict[str, Any]:
     # rounding noise: its variance grows with the grid step, and its price with the run. 8 bits against FP32,
     # two seeds (micro, 1.5M tokens, lr 2.5e-3): headroom 3 +0.029, +0.026 nats; 2 +0.006, +0.016; 1.5 +0.004
     # (one seed). Micro with 4 layers, 2.5M tokens, seed 0, FP32 1.982: gain 0.226 (which is 0.02 for most),
-    # headroom 2 1.972; gain 0.5, headroom 1, about the same step, 2.003; gain 1 2.022 with headroom 1 and 2.062
-    # with 2, 4.4 times the step.
+    # headroom 2 1.972; gain 0.5, headroom 1, about the same step, 2.003; gain 1 2.022 with headroom 1 and
+    # 2.062 with 2, 4.4 times the step.
     wide = fmt.bits >= 4
     return {
         "init_gain": None if wide else _LOW_BIT_INIT_GAIN,
