@@ -22,11 +22,12 @@ from dqt.cli import main
 from dqt.errors import ConfigError, ModelError
 from dqt.export import gguf_file, hf
 from dqt.export.command import export
+from dqt.export.llama_cpp import LIKELIEST, next_log_probs
 from dqt.export.source import copy_tokenizer, load_source, without_masters
 from dqt.export.verify import Agreement, sample
 from dqt.tensor import QuantizedTensor
 from dqt.train import storage
-from export_helpers import saved_model
+from export_helpers import VOCABULARY, saved_model
 
 SPECIAL = "<|endoftext|>"
 TEXT = [os.__file__, __file__]
@@ -114,6 +115,23 @@ GOOD = Agreement("gguf", "a program", 2000, 0.1, 0.05, 0, 0.01, 0.2, 3, 0.02)
 )
 def test_what_is_near_enough(changes: dict[str, Any], holds: bool) -> None:
     assert dataclasses.replace(GOOD, **changes).holds is holds
+
+
+def test_llama_cpp_tells_of_the_token_that_follows_and_of_the_likeliest(tmp_path: Path) -> None:
+    """Whatever follows: a half letter, an end, the likeliest token or one far from it."""
+    run = saved_model(tmp_path)
+    path = export(run, "gguf").path / "m.gguf"
+    window = [5, 0, *range(90, VOCABULARY, 10), 0]
+    (found,), _ = next_log_probs(path, [window], [], VOCABULARY)
+    logits = load_source(run).model(input_ids=torch.tensor([window[:-1]])).logits[0]
+    own = logits.log_softmax(-1).detach().numpy()
+    listed = np.isfinite(found)
+    assert listed[np.arange(len(window) - 1), window[1:]].all()
+    assert set(listed.sum(1)) == {LIKELIEST, LIKELIEST + 1, VOCABULARY}
+    np.testing.assert_allclose(
+        found[listed], own[listed], rtol=0, atol=0.2
+    )  # activations are rounded elsewhere
+    assert found[listed.all(1)].size, "no half letter among them"
 
 
 def test_rows_in_the_wrong_order_do_not_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

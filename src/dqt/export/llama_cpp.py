@@ -2,7 +2,9 @@
 
 `xllamacpp` is llama.cpp's server as a Python package. It answers only with the distribution after a prompt,
 so a window of n tokens is n prompts, each one token longer than the last; the server keeps what it has read,
-so every prompt costs one token. It may end the process on a file that it can't digest, hence its own one.
+so every prompt costs one token. An answer costs by the tokens that it lists: all 4,096 of a vocabulary 26
+times as much as one, so it lists the likeliest and the one asked about. The server may end the process on a
+file that it can't digest, hence its own one.
 
     python -m dqt.export.llama_cpp MODEL.gguf JOB.json RESULT.npz
 """
@@ -25,6 +27,8 @@ from dqt.errors import ModelError
 from dqt.extras import require
 
 TIMEOUT = 3600
+LIKELIEST = 32
+"""How many tokens an answer lists."""
 
 
 def next_log_probs(
@@ -34,12 +38,13 @@ def next_log_probs(
 
     Args:
         path: The file.
-        windows: Token ids.
+        windows: Token ids, each window with the token that follows it.
         texts: Texts to tokenize.
         vocab_size: Of the model.
 
     Returns:
-        For each window the log-probabilities after each of its tokens, `float32` [tokens, vocab_size]; and
+        For each window the log-probabilities after each of its tokens but the last, `float32`
+        [tokens, vocab_size]: those of the token that follows and of the `LIKELIEST`, -inf for the others; and
         the token ids of each text.
 
     Raises:
@@ -79,7 +84,9 @@ def start(path: str, context: int, threads: int | None = None) -> Any:
     """llama.cpp's server for a file, one sequence of at most `context` tokens at a time."""
     import xllamacpp
 
-    threads = threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+    # Threads wait for each other spinning: with two on two busy cores 2,000 tokens took over 7 minutes, with
+    # one 19 s.
+    threads = threads or int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // 2))
     parameters = xllamacpp.CommonParams()
     parameters.model.path = path
     parameters.n_ctx = context
@@ -94,28 +101,43 @@ def start(path: str, context: int, threads: int | None = None) -> Any:
 
 
 def _log_probs(server: Any, window: Sequence[int], vocab_size: int) -> np.ndarray:
-    """Log-probabilities after each token.
+    """Log-probabilities after each token but the last, of the token that follows it and of the likeliest.
 
-    What the server draws is made an "a", because an answer that is the end or half of a letter comes without
-    them; they are those of the model, from before any bias.
+    The server lists the token that it draws, so it is made to draw the one that follows. That one comes
+    without any if it is the end or half of a letter; then an "a" is drawn and all tokens are listed. The
+    log-probabilities are those of the model, from before this bias.
     """
-    found = np.full((len(window), vocab_size), -np.inf, dtype=np.float32)
-    for i in range(len(window)):
-        request = {
-            "prompt": list(window[: i + 1]),
-            "max_tokens": 1,
-            "logprobs": vocab_size,
-            "n_probs": vocab_size,
-            "temperature": 0.0,
-            "cache_prompt": True,
-            "logit_bias": [["a", 1000.0]],
-        }
-        answer = server.handle_completions(request)
-        if "choices" not in answer:
-            raise RuntimeError(f"error: {answer}")
-        for entry in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
-            found[i, entry["id"]] = entry["logprob"]
+    found = np.full((len(window) - 1, vocab_size), -np.inf, dtype=np.float32)
+    for i, following in enumerate(window[1:]):
+        prompt = window[: i + 1]
+        listed = _ask(server, prompt, following, min(LIKELIEST, vocab_size)) or _ask(
+            server, prompt, "a", vocab_size
+        )
+        for token, log_prob in listed.items():
+            found[i, token] = log_prob
+        if not np.isfinite(found[i, following]):
+            raise RuntimeError(f"error: no log-probability of token {following} after {i + 1} tokens")
     return found
+
+
+def _ask(server: Any, prompt: Sequence[int], drawn: int | str, count: int) -> dict[int, float]:
+    """Log-probabilities of the token drawn and of the likeliest, by id; none if the server has no letter."""
+    request = {
+        "prompt": list(prompt),
+        "max_tokens": 1,
+        "logprobs": count,
+        "n_probs": count,
+        "temperature": 0.0,
+        "cache_prompt": True,
+        "logit_bias": [[drawn, 1000.0]],
+    }
+    answer = server.handle_completions(request)
+    if "choices" not in answer:
+        raise RuntimeError(f"error: {answer}")
+    listed = (answer["choices"][0]["logprobs"] or {}).get("content")
+    if not listed:
+        return {}
+    return {entry["id"]: entry["logprob"] for entry in (listed[0], *listed[0]["top_logprobs"])}
 
 
 def _tokenize(server: Any, text: str) -> list[int]:

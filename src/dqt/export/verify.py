@@ -15,9 +15,9 @@ model, where `dqt` with int8 activations is up to 0.7 nats from itself without; 
 all the same, with the number of such tokens: a wrong file is beyond the bound nearly everywhere.
 
 Where the likeliest tokens differ, `dqt`'s own two likeliest must be within 0.1 nats of each other. The
-largest difference over the whole vocabulary is shown and has no bound but for `hf`: at a window's first token
-a token of probability e^-8 differed by 0.23 nats from llama.cpp in a ternary model. There `dqt`'s own int8
-activations are 0.23 nats from float, and llama.cpp's 0.06.
+largest difference of any token is shown, for llama.cpp of its 32 likeliest, and has no bound but for `hf`: at
+a window's first token a token of probability e^-8 differed by 0.23 nats from llama.cpp in a ternary model.
+There `dqt`'s own int8 activations are 0.23 nats from float, and llama.cpp's 0.06.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Agreement:
         largest: The largest difference of the log-probability of the text's next token.
         beyond: How many of these differences are beyond the bound.
         mean: Their mean.
-        anywhere: The largest over the whole vocabulary.
+        anywhere: The largest over the whole vocabulary, or for "gguf" over llama.cpp's likeliest tokens.
         disagreements: How often the likeliest tokens differ.
         margin: The most by which `dqt`'s own two likeliest tokens were apart where they did, in nats.
         gap: For `hf`, the largest difference to the model as trained, with int8 activations.
@@ -97,11 +97,15 @@ class Agreement:
         return not self.beyond and self.margin <= MARGIN
 
     @property
+    def _any(self) -> str:
+        return "any likely token" if self.target == "gguf" else "any token"
+
+    @property
     def brief(self) -> str:
         """One line: by how much they differ."""
         return (
             f"in {self.runtime} the next token's log-probability differs by up to {self.largest:.2g} nats, "
-            f"by more than {self.bound:g} at {self.beyond} of {self.tokens} tokens, any token's by "
+            f"by more than {self.bound:g} at {self.beyond} of {self.tokens} tokens, {self._any}'s by "
             f"{self.anywhere:.2g}; likeliest tokens differ at {self.disagreements}, dqt's own two by up to "
             f"{self.margin:.2g} nats there"
         )
@@ -117,7 +121,7 @@ class Agreement:
             f"  log-probability of the next token    differs by at most {self.largest:.2g} nats "
             f"(bound {self.bound:g}), {self.mean:.2g} in the mean",
             *([f"  beyond the bound                     {self.beyond} times"] if self.beyond else []),
-            f"  of any token                         at most {self.anywhere:.2g} nats",
+            f"  of {self._any:<34}at most {self.anywhere:.2g} nats",
             f"  likeliest token                      the same {same:,} times of {self.tokens:,}"
             + (f", else dqt's own two within {self.margin:.2g} nats" if self.disagreements else ""),
         ]
@@ -147,7 +151,8 @@ def verify(source: Source, target: str, path: Path, sample: Sample) -> Agreement
             raise ModelError(f"{runtime} splits text into other tokens than dqt, as in {excerpt[:60]!r}")
     own = without_int8_activations(source) if target == "hf" else source.model
     bound = BOUNDS[target]
-    same = _compare(windows, _log_probs(own, windows), found(), bound)
+    likeliest = target == "gguf"
+    same = _compare(windows, _log_probs(own, windows), found(), bound, likeliest)
     gap = _compare(windows, _log_probs(source.model, windows), found(), bound)[0] if target == "hf" else None
     compared = sum(len(window) - 1 for window in windows)
     return Agreement(target, runtime, compared, bound, *same, gap)
@@ -205,15 +210,24 @@ def _log_probs(model: PreTrainedModel, windows: Sequence[Sequence[int]]) -> Iter
 
 
 def _compare(
-    windows: Sequence[Sequence[int]], ours: Iterator[Tensor], theirs: Iterator[Tensor], bound: float
+    windows: Sequence[Sequence[int]],
+    ours: Iterator[Tensor],
+    theirs: Iterator[Tensor],
+    bound: float,
+    likeliest: bool = False,
 ) -> tuple[float, int, float, float, int, float]:
-    """What `Agreement` says of them, from `largest` to `margin`."""
+    """What `Agreement` says of them, from `largest` to `margin`.
+
+    With `likeliest`, a token of log-probability -inf among theirs is one that they do not tell of.
+    """
     following, anywhere = [], []
     disagreements, margin = 0, 0.0
     for window, own, other in zip(windows, ours, theirs, strict=True):
         if other.shape != own.shape:
             raise ModelError(f"the export has {other.shape[-1]} tokens, the model {own.shape[-1]}")
         difference = (own - other).abs().nan_to_num(nan=float("inf"))
+        if likeliest:
+            difference = difference.masked_fill(other == -torch.inf, 0.0)
         following.append(difference.gather(1, torch.tensor(window[1:])[:, None]))
         anywhere.append(float(difference.max()))
         differ = own.argmax(-1) != other.argmax(-1)
@@ -272,7 +286,6 @@ def _in_llama_cpp(source: Source, path: Path, sample: Sample) -> Found:
 
     from dqt.export.llama_cpp import next_log_probs
 
-    windows = [window[:-1] for window in sample.windows]
-    found, ids = next_log_probs(path, windows, sample.texts, source.model.config.vocab_size)
+    found, ids = next_log_probs(path, sample.windows, sample.texts, source.model.config.vocab_size)
     runtime = f"llama.cpp (xllamacpp {version('xllamacpp')})"
     return runtime, lambda: map(torch.from_numpy, found), ids
