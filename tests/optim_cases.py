@@ -56,6 +56,8 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "residual of 3 bits": ("3", {"residual_bits": 3, "weight_decay": 0.1}),
     "residual of 16 bits": ("2", {"residual_bits": 16}),
     "nearest": ("5", {"residual_bits": 8, "rounding": "nearest"}),
+    "low discrepancy": ("8", {"residual_bits": 0, "rounding": "low_discrepancy"}),
+    "low discrepancy, residual": ("ternary", {"residual_bits": 6, "rounding": "low_discrepancy"}),
     "int8 moments": ("8", {"residual_bits": 0, "first_moment": "int8", "second_moment": "int8"}),
     "int8 and factored": ("8", {"residual_bits": 0, "first_moment": "int8", "second_moment": "factored"}),
     "clipped": ("4", {"residual_bits": 8, "clip_update": 0.5}),

@@ -19,6 +19,8 @@ from dqt.numerics.rounding import (
     MAX_MOVE,
     ROUNDINGS,
     biased_rounding,
+    golden_sequence,
+    low_discrepancy_rounding,
     nearest_rounding,
     noise_rounding,
     stochastic_rounding,
@@ -40,6 +42,7 @@ def biased_count(numerator: int, words: int) -> int:
 
 COUNTS = [  # rounding, bits of a word, how many of all words round up a fraction of numerator / words
     *((stochastic_rounding, bits, lambda numerator, words: numerator) for bits in (1, 4, 8)),
+    *((low_discrepancy_rounding, bits, lambda numerator, words: numerator) for bits in (1, 4, 8)),
     *((noise_rounding, bits, noise_count) for bits in (4, 8)),
     *((biased_rounding, bits, biased_count) for bits in (7, 8, 9)),
 ]
@@ -96,6 +99,30 @@ def test_a_learned_threshold_becomes_unbiased_over_the_tensor(size: float) -> No
         rounding.finish()
     assert moved == pytest.approx(wanted, rel=0.1)  # it swings by a sixteenth
     assert 0 < state["threshold"] <= 1
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(-3, 3, width=32), st.integers(1, 2**32 - 1))
+def test_low_discrepancy_gives_back_what_it_keeps(first: int, displacement: float, step: int) -> None:
+    """In 1,000 steps moves add up to a constant displacement within 3; SR's are 16 away, root mean square."""
+    words = torch.stack([golden_sequence(torch.tensor(first), (step + i) % 2**32) for i in range(1000)])
+    moves = low_discrepancy_rounding(torch.tensor(displacement).expand(1000), words)
+    due = torch.arange(1, 1001, dtype=torch.float64) * displacement
+    assert (moves.cumsum(0) - due).abs().max() < 3
+
+
+def test_a_golden_sequence_is_uniform_at_every_step() -> None:
+    first = torch.arange(0, 2**32, 2**20)
+    for step in (1, 2, 1000, 2**32 - 1):
+        words = golden_sequence(first, step).sort().values
+        assert (words.diff() == 2**20).all()
+        assert 0 <= int(words[0]) < 2**20
+
+
+def test_low_discrepancy_is_the_floor_of_the_sum() -> None:
+    displacement = torch.tensor([0.25, -0.25, 1.75, -1.75, 0.0, -2.0])[:, None]
+    words = torch.arange(0, 2**32, 2**16) + 2**15
+    moves = low_discrepancy_rounding(displacement.expand(-1, len(words)), words.expand(6, -1))
+    assert torch.equal(moves.double(), (displacement.double() + words.double() / 2**32).floor())
 
 
 def test_values_on_the_grid_never_move_further() -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from dqt.errors import ConfigError, did_you_mean
 
 SCALE_RULES = ("gaussian", "absmean", "absmax", "trained", "learned", "paper")
-ROUNDINGS = ("stochastic", "nearest", "gated", "agreed", "noise", "biased", "learned")
+ROUNDINGS = ("stochastic", "low_discrepancy", "nearest", "gated", "agreed", "noise", "biased", "learned")
 GATED_ROUNDINGS = ("gated", "agreed")
 """Those that look at the first moment."""
 

@@ -323,7 +323,7 @@ Output run_update(i64 rows, i64 columns) {
   args.residual_bits = static_cast<std::int32_t>(residual_bits);
   args.threshold = static_cast<std::int32_t>(0.556 * static_cast<double>(unit));
   args.short_positions = (args.levels - 1) * unit < (1 << 14);
-  args.nearest = static_cast<std::int32_t>(between(0, 1)), args.count = static_cast<std::int32_t>(between(0, 1));
+  args.rounding = static_cast<std::int32_t>(between(0, 2)), args.count = static_cast<std::int32_t>(between(0, 1));
   args.bottom = (static_cast<float>(args.qmin) - (bits == 1 ? 0.5f : 0.0f)) * static_cast<float>(unit);
   args.lr_unit = 0.01f * static_cast<float>(unit), args.decay = 0.001f, args.keep = 0.999f;
   args.beta1 = 0.9f, args.weight1 = 0.1f, args.beta2 = 0.99f, args.weight2 = 0.01f;

@@ -11,6 +11,9 @@ operation is exact in float32, because f has at most 24 significant bits and a p
 none. The other rules are there to be compared with it:
 
     stochastic  P = f: unbiased
+    low_discrepancy  P = f and unbiased, but a weight's random words of successive steps are no independent
+                draws: r begins anywhere, goes on by the golden ratio each step, and counts from the other end
+                for d > 0, so that the move is floor(d + r). See `golden_sequence`.
     nearest     P = [f >= 1/2]: small displacements are lost, whatever their sum
     noise       nearest after noise with a triangular density on +-1/2, which is P = 2 f**2 below 1/2 and
                 1 - 2 (1 - f)**2 above: between nearest (no noise) and stochastic (uniform noise)
@@ -35,6 +38,9 @@ MAX_MOVE = 2.0**24
 """Displacements are clamped to this many steps: larger than any grid, and floor and cast stay exact."""
 
 WORD_BITS = 32
+
+GOLDEN = 0x9E3779B9
+"""2**32 times the golden ratio's fraction. Simulated, 0.41, 0.38, 0.24 and 0.15 of the range are as good."""
 
 BIAS = 1 / 128
 """Of `biased`: enough that a weight moves once in 128 steps, however weak its gradient is."""
@@ -61,6 +67,37 @@ def stochastic_rounding(displacement: Tensor, random: Tensor | None, word_bits: 
     whole, fraction = _split(displacement)
     threshold = (fraction * float(2**word_bits)).to(torch.int64)  # the cast truncates, so it is a floor
     return _signed(whole.to(torch.int32) + (random < threshold), displacement)
+
+
+def golden_sequence(first: Tensor, step: int) -> Tensor:
+    """Random words of a step, which follow from an element's first one by steps of the golden ratio.
+
+    For each element alone they are uniform at any step, over the first word, and over any n successive steps
+    they lie about evenly in their range: no n of them can all be small. So of a displacement d that changes
+    little in 1 / d steps, what SR keeps or gives by chance is given back soon, without memory. Independent
+    words let it add up: the variance that rounding adds to a weight in a well, against stochastic rounding
+    (simulated, AdamW-like steps of 0.01 to 0.1 grid steps), is 0.32 to 0.64 times as large with beta1 = 0.9,
+    and 0.64 times without a first moment, where successive displacements are independent: there it is that
+    a move up makes the next move down more likely.
+
+    Args:
+        first: `int64` words in [0, 2**32).
+        step: Number of the step.
+    """
+    return (first + step * GOLDEN) & (2**WORD_BITS - 1)
+
+
+def low_discrepancy_rounding(
+    displacement: Tensor, random: Tensor | None, word_bits: int = WORD_BITS
+) -> Tensor:
+    """Stochastic rounding with the word counted from the other end for positive displacements.
+
+    That is floor(d + r / 2**word_bits), up to the last bit.
+    """
+    assert random is not None, "low-discrepancy rounding needs the words of its sequence"
+    return stochastic_rounding(
+        displacement, torch.where(displacement > 0, 2**word_bits - 1 - random, random), word_bits
+    )
 
 
 def nearest_rounding(displacement: Tensor, random: Tensor | None = None) -> Tensor:
@@ -122,16 +159,19 @@ class Rounding:
     Attributes:
         steps: Rounds a displacement; `learned` begins so, before its threshold is trained.
         draws: Whether it takes random words.
+        sequence: The words of a step from those of step 0; None draws new ones each step.
         gate: What becomes of the direction before; None leaves it.
     """
 
     steps: Steps
     draws: bool = True
+    sequence: Callable[[Tensor, int], Tensor] | None = None
     gate: Gate | None = None
 
 
 ROUNDINGS: dict[str, Rounding] = {
     "stochastic": Rounding(stochastic_rounding),
+    "low_discrepancy": Rounding(low_discrepancy_rounding, sequence=golden_sequence),
     "nearest": Rounding(nearest_rounding, draws=False),
     "gated": Rounding(stochastic_rounding, gate=gate_by_size),
     "agreed": Rounding(stochastic_rounding, gate=gate_by_agreement),

@@ -45,7 +45,7 @@ class Update(ctypes.Structure):
         *((name, ctypes.c_uint32) for name in ("seed", "purpose", "moment_purpose", "step")),
         *((name, ctypes.c_int32) for name in ("first", "second", "normalize_first", "rounded_moments")),
         *((name, ctypes.c_int32) for name in ("scale_per_row", "bits", "qmin", "levels", "residual_bits")),
-        *((name, ctypes.c_int32) for name in ("threshold", "short_positions", "nearest", "count")),
+        *((name, ctypes.c_int32) for name in ("threshold", "short_positions", "rounding", "count")),
         *((name, ctypes.c_float) for name in ("bottom", "lr_unit", "decay", "keep", "beta1", "weight1")),
         *((name, ctypes.c_float) for name in ("beta2", "weight2", "root_factor", "eps", "least")),
     )

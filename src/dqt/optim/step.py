@@ -90,13 +90,22 @@ class Step:
 
     def random(self, rows: slice) -> Tensor | None:
         """Random words of some rows for the write-back, or None if its rounding needs none."""
-        return self._words(philox.Purpose.UPDATE, rows) if ROUNDINGS[self.rounding].draws else None
+        rounding = ROUNDINGS[self.rounding]
+        if rounding.sequence is None:
+            return self._words(philox.Purpose.UPDATE, rows) if rounding.draws else None
+        return rounding.sequence(self._words(philox.Purpose.UPDATE, rows, step=0), self.number)
 
-    def _words(self, purpose: philox.Purpose, rows: slice) -> Tensor:
+    def _words(self, purpose: philox.Purpose, rows: slice, step: int | None = None) -> Tensor:
         columns = self.grad.shape[1]
         start, count = rows.start * columns, (rows.stop - rows.start) * columns
         words = philox.random_uint32(
-            self.seed, purpose, self.stream, self.number, start, count, self.grad.device
+            self.seed,
+            purpose,
+            self.stream,
+            self.number if step is None else step,
+            start,
+            count,
+            self.grad.device,
         )
         return words.view(-1, columns)
 

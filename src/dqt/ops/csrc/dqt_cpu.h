@@ -17,6 +17,9 @@ extern "C" {
 enum DqtMoment : std::int32_t { kNone, kFloat, kBfloat, kInt8, kFactored };
 constexpr DqtMoment kFull = kFloat;
 
+// How a move is rounded; see numerics/rounding.py.
+enum DqtRounding : std::int32_t { kStochastic, kNearest, kLowDiscrepancy };
+
 // One optimizer step of one parameter; see dqt/optim/rule.py, moments.py and writeback.py for the equations. Mirrored
 // in ops/cpu.py.
 struct DqtUpdate {
@@ -42,7 +45,7 @@ struct DqtUpdate {
   std::int32_t scale_per_row, bits, qmin, levels, residual_bits;
   std::int32_t threshold;     // |position - cell| up to which a code stays, in units
   std::int32_t short_positions;  // the highest position is below 16384
-  std::int32_t nearest;       // 1: round to nearest, 0: stochastic
+  std::int32_t rounding;      // DqtRounding
   std::int32_t count;         // 1: fill stats
   float bottom;               // (qmin - offset) * unit
   float lr_unit;              // lr * unit; lr of a float weight
