@@ -11,14 +11,12 @@ from pathlib import Path
 import pytest
 
 from dqt.cli import main
-from dqt.compare import suites
 from dqt.compare.command import duration
 from dqt.compare.experiment import Experiment
 from dqt.compare.runs import fingerprint
 from dqt.compare.suites import BITS, SUITES
 from dqt.footprint import Needs
 from dqt.numerics.formats import FORMATS
-from dqt.numerics.rounding import ROUNDINGS
 
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "compare.md").read_text(encoding="utf-8")
 
@@ -46,9 +44,8 @@ def test_the_documentation_has_every_suite_with_its_time(name: str) -> None:
     )
 
 
-def test_no_width_and_no_rounding_is_forgotten() -> None:
+def test_no_width_is_forgotten() -> None:
     assert set(BITS) == set(FORMATS)
-    assert set(suites.ROUNDINGS) == set(ROUNDINGS)
 
 
 def test_the_main_suite_is_as_large_as_its_claim_needs() -> None:

@@ -14,6 +14,8 @@ from dqt.errors import ConfigError, did_you_mean
 
 SCALE_RULES = ("gaussian", "absmean", "absmax", "trained", "learned", "paper")
 ROUNDINGS = ("stochastic", "low_discrepancy", "nearest", "gated", "agreed", "noise", "biased", "learned")
+KERNEL_ROUNDINGS = ("stochastic", "nearest", "low_discrepancy")
+"""Those that the update kernel knows, by its numbers (`DqtRounding`)."""
 GATED_ROUNDINGS = ("gated", "agreed")
 """Those that look at the first moment."""
 

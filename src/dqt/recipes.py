@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from dqt.choices import PRODUCTS, TRAINED_PRODUCTS, Products
+from dqt.choices import FLOAT_RESIDUAL, PRODUCTS, TRAINED_PRODUCTS, Products
 from dqt.errors import ConfigError, did_you_mean
 from dqt.numerics.formats import Format, parse_bits
 from dqt.recipe import FLOAT_METHODS, METHODS, Recipe, refuse_unread
@@ -60,6 +60,9 @@ def recipe_for(
         defaults.pop("first_moment", None)  # there is none to save, or what is fed back would be rounded away
     if overrides.get("error_feedback") == "eco":
         defaults.pop("significance", None)  # what does not stand out is kept back, and fed back
+        defaults.pop("rounding", None)
+    if overrides.get("residual_bits") == FLOAT_RESIDUAL:
+        defaults.pop("rounding", None)  # it is not rounded
     defaults |= _of_environment(overrides.get("environment", "fp32"), {**defaults, **overrides})
     recipe = Recipe(**{**defaults, **overrides})
     kind = {key: overrides[key] for key in ("optimizer", "environment") if key in overrides}
@@ -116,7 +119,7 @@ def _strict(fmt: Format) -> dict[str, Any]:
         # first beside it +0.009, +0.010, +0.006; bf16 first +0.016, +0.020, -0.000.
         "first_moment": "int8",
         "second_moment": "factored",
-        **(_COOLED if fmt.bits <= 2 else {}),
+        **(_COOLED if fmt.bits <= 2 else _LESS_NOISE),
     }
 
 
@@ -128,8 +131,15 @@ def _strict(fmt: Format) -> dict[str, Any]:
 _COOLED: dict[str, Any] = {"significance": 4.0, "betas": (0.95, 0.95), "schedule": "wsd"}
 
 
+# Micro with 4 layers, 2.5M tokens, against stochastic rounding on the same seeds: ternary with an 8-bit residual
+# -0.036 nats (five seeds, ± 0.046), with 6 bits -0.057 and -0.055, 8-bit strict +0.006, -0.008 and -0.016.
+# Where moves are cooled it is worse: strict ternary +0.033 (1.25M tokens, seed 1000).
+_LESS_NOISE: dict[str, Any] = {"rounding": "low_discrepancy"}
+
+
 def _residual(fmt: Format) -> dict[str, Any]:
     return {
+        **_LESS_NOISE,
         # No first moment: 2.413 nats at 4e-3; beta1 = 0.9 at half the rate 2.561 (one seed, not tuned).
         "betas": (0.0, 0.95),
         "init_gain": _LOW_BIT_INIT_GAIN if fmt.bits <= 2 else _INIT_GAIN,

@@ -16,7 +16,7 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
-from dqt.choices import FLOAT_RESIDUAL
+from dqt.choices import FLOAT_RESIDUAL, KERNEL_ROUNDINGS
 from dqt.compare.runs import DIVERGED, FAILED, MISSING, Outcome, Run, read_outcome
 from dqt.data.prepare import default_cache_dir
 from dqt.footprint import Needs
@@ -191,7 +191,7 @@ def expected_seconds(config: Config) -> float:
     products = needs.head.count + sum(weight.count for weight in needs.weights if weight.kind == "linear")
     recipe = needs.recipe
     reference = (
-        recipe.rounding not in ("stochastic", "nearest")
+        recipe.rounding not in KERNEL_ROUNDINGS
         or recipe.residual_bits == FLOAT_RESIDUAL
         or recipe.drop_smallest
         or recipe.error_feedback != "none"

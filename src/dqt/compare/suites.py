@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dqt.choices import ROUNDINGS
+
 Settings = Mapping[str, Any]
 
 
@@ -94,7 +96,6 @@ TINY: Settings = {
 }
 """Width 256, 8 layers, 6.8M linear weights, 0.23M tokens."""
 
-ROUNDINGS = ("stochastic", "nearest", "gated", "agreed", "noise", "biased", "learned")
 BITS = ("1", "ternary", "2", "3", "4", "5", "6", "7", "8")
 NO_FIRST_MOMENT: Settings = {"optim.betas": [0.0, 0.95]}
 FIRST_MOMENT: Settings = {"optim.betas": [0.9, 0.95]}

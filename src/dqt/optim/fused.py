@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dqt.choices import KERNEL_ROUNDINGS
 from dqt.errors import ConfigError
 from dqt.numerics import philox
 from dqt.ops import cpu
@@ -23,7 +24,6 @@ from dqt.tensor import QuantizedTensor
 
 _FIRST = {"none": 0, "fp32": 1, "bf16": 2, "int8": 3}
 _SECOND = {"none": 0, "full": 1, "int8": 3, "factored": 4}
-_ROUNDINGS = {"stochastic": 0, "nearest": 1, "low_discrepancy": 2}
 _TYPES = {1: torch.float32, 2: torch.bfloat16}
 
 
@@ -57,7 +57,7 @@ def update(step: Step, paper_scale: Tensor | None = None) -> bool:
         purpose=philox.Purpose.UPDATE,
         moment_purpose=philox.Purpose.MOMENT,
         step=step.number,
-        rounding=_ROUNDINGS.get(step.rounding, 0),
+        rounding=KERNEL_ROUNDINGS.index(step.rounding) if weight is not None else 0,
         count=int(step.stats is not None),
         lr_unit=rule.lr,
         decay=rule.decay,
@@ -101,7 +101,7 @@ def _has_kernel(step: Step) -> bool:
     if step.moments.first not in _FIRST or step.moments.second not in _SECOND:
         return False
     return not isinstance(step.parameter, QuantizedTensor) or (
-        step.rounding in _ROUNDINGS
+        step.rounding in KERNEL_ROUNDINGS
         and step.residual_bits <= 16
         and not step.drop_smallest
         and step.error_feedback == "none"

@@ -32,7 +32,8 @@ class Options(TypedDict, total=False):
             below 5-bit weights and 0 from there on.
         hysteresis: How far beyond a cell's boundary a weight with a residual moves before its code changes,
             in grid steps.
-        rounding: "stochastic"; for comparison one of the others in `dqt.numerics.rounding`.
+        rounding: "stochastic", or "low_discrepancy", which adds less noise; for comparison one of the others
+            in `dqt.numerics.rounding`.
         drop_smallest: Share of the smallest updates of a low-bit weight that is dropped; for comparison.
         significance: Moves only weights whose direction is this many times what noise alone would make of it,
             and keeps the others still (AdamW only); see `dqt.optim.significance`.
