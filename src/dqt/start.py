@@ -153,7 +153,10 @@ def _gguf(path: Path) -> Start:
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True).to_dict()
     except Exception as error:  # whatever the readers make of bytes that they can't read
-        raise ModelError(f"--from {path}: {one_line(error)}") from error
+        raise ModelError(
+            f"--from {path} can't be read: it is damaged, cut short, or of an architecture that transformers "
+            f"does not read ({one_line(error)}); get the file again, or give a transformers directory"
+        ) from error
     return Start(path, GGUF, _checked(path, config))
 
 
