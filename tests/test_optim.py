@@ -34,7 +34,8 @@ def test_float_parameters_follow_torch(beta1: float, weight_decay: float) -> Non
             torch.testing.assert_close(ours[name], theirs[name], rtol=2e-6, atol=2e-7)
 
 
-# Ours, the published implementation, and how far float parameters may be apart after ten steps.
+# Ours, the published implementation, and how far float parameters may be apart after ten steps: of narrow
+# moments twice what was measured.
 PUBLISHED: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], float]] = {
     "Adafactor, relative step": (Adafactor, HuggingFaceAdafactor, 1e-6),
     "Adafactor, momentum": (
@@ -67,10 +68,10 @@ PUBLISHED: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], float]] =
         )
         for first, second, bound in (
             ("fp32", "full", 1e-6),
-            ("bf16", "bf16", 5e-3),
-            ("bf16", "int8", 5e-3),
-            ("int8", "int8", 1e-2),
-            ("fp8", "fp8", 5e-2),
+            ("bf16", "bf16", 2e-3),
+            ("bf16", "int8", 1.1e-3),
+            ("int8", "int8", 3e-3),
+            ("fp8", "fp8", 2.5e-2),
         )
     },
     "AdamW without a first moment": (

@@ -127,7 +127,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": "strict", "bits": 8, "products": Products(*(["fp8"] * 3))}, "set environment alone"),
     ({"method": "strict", "bits": "3", "products": COMPUTED}, "strict with 3 bits has not"),
     ({"method": "paper", "bits": "8", "products": COMPUTED}, "use method strict with bits 8"),
-    ({"method": "strict", "bits": "8", "per_row": True, "products": COMPUTED}, "leave per_row out"),
+    ({"method": "strict", "bits": "8", "per_row": True, "products": COMPUTED}, "set per_row=false"),
     ({"scale_rule": "absmeen"}, "did you mean 'absmean'"),
     ({"rounding": "neerest"}, "did you mean 'nearest'"),
     ({"method": "paper", "bits": 1}, "use bits ternary, or method strict"),

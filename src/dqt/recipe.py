@@ -306,7 +306,7 @@ def _conflicts_of_products(recipe: Recipe) -> Iterator[tuple[object, str]]:
         )
         yield (
             recipe.per_row,
-            "compute_bits=ternary takes one mean for a tensor: leave per_row out",
+            "compute_bits=ternary takes one mean for a tensor, not one for a row: set per_row=false",
         )
 
 
