@@ -132,8 +132,9 @@ _COOLED: dict[str, Any] = {"significance": 4.0, "betas": (0.95, 0.95), "schedule
 
 
 # Micro with 4 layers, 2.5M tokens, against stochastic rounding on the same five seeds: ternary with an 8-bit
-# residual -0.036 ± 0.046 nats, with a 6-bit one -0.080 ± 0.050, 4 bits with an 8-bit one -0.016 ± 0.022, 8-bit
-# strict -0.003 ± 0.014. Where moves are cooled it is worse: strict ternary +0.033 (1.25M tokens, seed 1000).
+# residual -0.036 ± 0.046 nats, with a 6-bit one -0.080 ± 0.050, 4 bits with an 8-bit one -0.016 ± 0.022,
+# 8-bit strict -0.003 ± 0.014. Where moves are cooled it is worse: strict ternary +0.033 (1.25M tokens, seed
+# 1000).
 _LESS_NOISE: dict[str, Any] = {"rounding": "low_discrepancy"}
 
 
