@@ -248,6 +248,8 @@ UPDATES: list[tuple[str | None, tuple[int, int], str, bool, dict[str, Any]]] = [
         {"significance": 1.5, "first_moment": "int8", "second_moment": "factored"},
     ),
     ("4", (7, 131), "AdamW", True, {"significance": 1.0, "residual_bits": 8}),
+    ("2", (9, 300), "AdamW", False, {"significance": 1.0, "first_moment": "bf16"}),
+    ("8", (9, 300), "AdamW", False, {"significance": 1.0}),
     ("ternary", (33, 256), "AdamW", False, {"residual_bits": 8, "betas": (0.9, 0.95), **INT8}),
     ("2", (33, 70), "AdamW", False, {"residual_bits": 2, "betas": (0.0, 0.95), "rounding": "nearest"}),
     (

@@ -154,6 +154,27 @@ def test_a_lean_is_followed_the_more_the_higher_the_threshold() -> None:
     assert right[2] > math.exp(0.4)
 
 
+@pytest.mark.parametrize("residual_bits", [0, 4])
+@pytest.mark.parametrize("first_moment", ["fp32", "bf16", "int8", "fp8"])
+def test_a_move_uses_up_its_evidence(first_moment: str, residual_bits: int) -> None:
+    """The first moment is zero where the code has moved, and nowhere else but by rounding."""
+    weight = make_weight(rows=20, columns=300, code=0)
+    optimizer = AdamW(
+        [("w", weight)],
+        lr=0.4 * SCALE,
+        significance=1.0,
+        first_moment=first_moment,
+        residual_bits=residual_bits,
+    )
+    moved = torch.zeros(weight.shape, dtype=torch.bool)
+    for number in range(4):
+        moved = step(optimizer, weight, gradient(weight.shape, number)) != 0
+        forgotten = optimizer.state[weight]["exp_avg"].float() == 0
+        assert forgotten[moved].all()
+    assert 0.02 < float(moved.float().mean()) < 0.5
+    assert float(forgotten[~moved].float().mean()) < 0.05
+
+
 # -- a float residual ----------------------------------------------------------------------------------------
 
 

@@ -282,7 +282,7 @@ def _rounding() -> Suite:
         for rounding in ROUNDINGS
     ]
     arms += [
-        Arm(f"{bits} significance 4", strict(bits, optim__significance=4.0)) for bits in ("ternary", "4")
+        Arm(f"{bits} significance 2", strict(bits, optim__significance=2.0)) for bits in ("ternary", "4")
     ]
     return Suite("rounding", "how should strict training round?", MICRO, (FP32, BITNET, *arms), BASELINES)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dqt.errors import ConfigError, did_you_mean
 
-INTERFACE_VERSION = 8
+INTERFACE_VERSION = 9
 ISAS = ("amx", "avx512", "avx2", "portable")
 STATUS = {1: "they do not fit together, or overflow", 2: "no instruction set was chosen", 3: "no memory"}
 

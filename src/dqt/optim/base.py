@@ -236,6 +236,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             return
         learned = LearnedThreshold(self.state[weight]) if step.rounding == "learned" else None
         for rows, direction in step.directions():
+            before = weight.unpack_rows(rows).clone() if step.least else None  # of 8 bits it is a view
             lost = write_back(
                 weight,
                 direction,
@@ -249,6 +250,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                 hysteresis=step.hysteresis,
                 stats=step.stats,
             )
+            if before is not None:
+                step.moments.forget_first(rows, weight.unpack_rows(rows) != before)
             if step.error_feedback == "eco":
                 feed_back(step, rows, lost)
         if learned is not None:

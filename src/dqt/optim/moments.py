@@ -146,6 +146,12 @@ class Moments:
         self._write("exp_avg", rows, m, random & 0xFFFF)
         return m
 
+    def forget_first(self, rows: slice, which: Tensor) -> None:
+        """Sets m to zero where `which` [rows, columns] says so."""
+        if self.first != "none":
+            stored: Tensor = self.state["exp_avg"][rows]
+            stored.copy_(torch.where(which, 0.0, stored.float()))
+
     def _read(self, key: str, rows: slice) -> Tensor:
         """A stored moment as new floats."""
         stored: Tensor = self.state[key][rows]

@@ -36,7 +36,8 @@ class Options(TypedDict, total=False):
             in `dqt.numerics.rounding`.
         drop_smallest: Share of the smallest updates of a low-bit weight that is dropped; for comparison.
         significance: Moves only weights whose direction is this many times what noise alone would make of it,
-            and keeps the others still (AdamW only); see `dqt.optim.significance`.
+            keeps the others still, and begins the first moment of what has moved anew (AdamW only); see
+            `dqt.optim.significance`.
         learn_scale: Train the scales of low-bit weights too (AdamW only); see `dqt.optim.learned_scale`.
         error_feedback: "none", or "eco"; see `dqt.optim.eco`.
         first_moment: How a first moment is kept: "none", "fp32", "bf16", "int8" or "fp8"; see

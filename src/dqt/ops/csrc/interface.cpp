@@ -119,7 +119,7 @@ int over_columns(std::int64_t rows, std::int64_t columns, const Body& body) {
 extern "C" {
 
 // Version of this interface; Python refuses a library of another one.
-int dqt_interface_version() { return 8; }
+int dqt_interface_version() { return 9; }
 
 // Chooses "amx" (avx512 with another integer product), "avx512", "avx2" or "portable". Returns 0, or 1 if this CPU or build lacks it.
 int dqt_select(const char* name) {
