@@ -93,6 +93,19 @@ def test_only_what_changed_is_run_again(tmp_path: Path) -> None:
     assert len(after) == 6
 
 
+def test_time_left_does_not_count_what_is_finished(tmp_path: Path) -> None:
+    file = arm(tmp_path, "a", quant__method="fp32")
+    compare(tmp_path, file, seeds=1)
+
+    def final_seconds(seeds: int) -> float:
+        again = Experiment(suite_of_files([Path(file)]), tmp_path / "out", seeds=seeds)
+        again.prepare()
+        return again.final_seconds()
+
+    assert final_seconds(1) == 0
+    assert 0 < final_seconds(2) == final_seconds(3) / 2
+
+
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [

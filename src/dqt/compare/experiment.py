@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 from dqt.baselines import ternarize_
 from dqt.compare import pool as pools
-from dqt.compare.runs import FAILED, MISSING, Outcome, Run, fingerprint, place
+from dqt.compare.runs import FAILED, MISSING, Outcome, Run, fingerprint, place, read_outcome
 from dqt.compare.suites import QUICK, Arm, Suite
 from dqt.compare.tuning import MOST_RATES, best_rate, next_rates
 from dqt.data.prepare import Corpus, prepare_corpus
@@ -181,6 +181,16 @@ class Experiment:
         total = len(self.seeds) * sum(map(pools.expected_seconds, finals.values()))
         return (total + rates * sum(map(pools.expected_seconds, tuning.values()))) / self.pool.jobs
 
+    def final_seconds(self) -> float:
+        """Expected of the final runs that have not come to an end, at the rates that are best so far."""
+        seconds = 0.0
+        for result in self.trained:
+            rate = best_rate(_losses(result.tuning_outcomes)) or required(result.config.optim.lr)
+            for run in self._final_runs(result, rate).values():
+                if not read_outcome(run).settled:
+                    seconds += pools.expected_seconds(run.config)
+        return seconds
+
     # -- configs ---------------------------------------------------------------------------------------------
 
     def _result(self, arm: Arm) -> ArmResult:
@@ -244,7 +254,7 @@ class Experiment:
             ]
             if not runs:
                 break
-            self.pool.run(runs, self._titles, self._final_seconds)
+            self.pool.run(runs, self._titles, later=self.final_seconds())
             for result in self.trained:
                 for rate, run in result.tuning.items():
                     result.tuning_outcomes[rate] = self.pool.outcomes[run.directory.path]
@@ -261,12 +271,8 @@ class Experiment:
         for result in self.trained:
             if not self.tuned:
                 result.rate = result.config.optim.lr
-            if result.rate is None:
-                continue
-            for seed in self.seeds:
-                config = result.config.override({"optim.lr": result.rate, "train.seed": seed})
-                title = f"{result.arm.name}, lr {result.rate:.3g}, seed {seed}"
-                result.runs[seed] = self._place(config, title)
+            if result.rate is not None:
+                result.runs = self._final_runs(result, result.rate)
         try:
             runs = [each.runs[seed] for seed in self.seeds for each in self.trained if seed in each.runs]
             self.pool.run(runs, self._titles)
@@ -275,8 +281,13 @@ class Experiment:
                 for seed, run in result.runs.items():
                     result.outcomes[seed] = self.pool.outcomes.get(run.directory.path, Outcome(MISSING))
 
-    def _final_seconds(self) -> float:
-        return len(self.seeds) * sum(pools.expected_seconds(each.config) for each in self.trained)
+    def _final_runs(self, result: ArmResult, rate: float) -> dict[int, Run]:
+        """Seed to the arm's final run at a learning rate."""
+        runs = {}
+        for seed in self.seeds:
+            config = result.config.override({"optim.lr": rate, "train.seed": seed})
+            runs[seed] = self._place(config, f"{result.arm.name}, lr {rate:.3g}, seed {seed}")
+        return runs
 
     def _evaluate(self, result: ArmResult) -> None:
         """Measures the finished models of another arm with ternary weights."""

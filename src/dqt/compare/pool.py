@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
@@ -68,9 +68,7 @@ class Pool:
         self._context: BaseContext | None = None
         self._expected, self._took = 0.0, 0.0
 
-    def run(
-        self, runs: Iterable[Run], titles: Mapping[Path, str], later: Callable[[], float] = lambda: 0.0
-    ) -> None:
+    def run(self, runs: Iterable[Run], titles: Mapping[Path, str], *, later: float = 0.0) -> None:
         """Runs what has not come to an end yet; `outcomes` has all of them afterwards.
 
         Args:
@@ -99,11 +97,11 @@ class Pool:
                     path = finished.run.directory.path
                     self.console.say(
                         f"[{done}/{total}] {titles[path]}: {self._told(finished)}"
-                        f"  {self._left(waiting, later())}"
+                        f"  {self._left(waiting, later)}"
                     )
                 if self.live:
                     self.console.progress(
-                        f"{done}/{total} runs, {len(self._running)} running, {self._left(waiting, later())}"
+                        f"{done}/{total} runs, {len(self._running)} running, {self._left(waiting, later)}"
                     )
         except KeyboardInterrupt:
             self._stop()
