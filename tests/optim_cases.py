@@ -71,7 +71,7 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "noise": ("8", {"residual_bits": 0, "rounding": "noise", "lr": 0.2}),
     "biased": ("8", {"residual_bits": 0, "rounding": "biased"}),
     "learned": ("8", {"residual_bits": 8, "rounding": "learned"}),
-    "significance": ("ternary", {"residual_bits": 0, "significance": 2.0, "lr": 0.2}),
+    "significance": ("ternary", {"residual_bits": 0, "significance": 0.7, "lr": 0.2}),
     "dropped": ("8", {"residual_bits": 0, "drop_smallest": 0.2}),
     "paper, dropped": ("4", {"optimizer": PaperAdamW, "drop_smallest": 0.2}),
     "paper, nearest": ("4", {"optimizer": PaperAdamW, "rounding": "nearest"}),

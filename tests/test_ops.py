@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dqt import ops
 from dqt.errors import ConfigError
-from dqt.ops import cpu
+from dqt.ops import cpu, reference
 
 ROWS, COLUMNS = 6, 40
 
@@ -78,6 +78,13 @@ def test_strides_of_the_arguments_do_not_matter(name: str, arguments: tuple[Any,
     torch.testing.assert_close(
         operation(*map(spread, arguments)), operation(*arguments), rtol=0, atol=0, equal_nan=True
     )
+
+
+def test_the_reference_of_no_rows() -> None:
+    empty, weight = floats(0, COLUMNS), torch.ones(COLUMNS)
+    grad, grad_weight = reference.rms_norm_backward(empty, empty, weight, torch.ones(0))
+    assert grad.shape == empty.shape
+    assert torch.equal(grad_weight, torch.zeros(COLUMNS))
 
 
 def test_fake_tensors_need_no_memory() -> None:

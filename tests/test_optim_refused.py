@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 import dqt
 from dqt.errors import ConfigError, NonFiniteError
-from dqt.optim import AdamW, GradientRelease
+from dqt.optim import SGD, Adafactor, AdamW, GradientRelease
 from optim_cases import (
     CASES,
     assert_equal_state,
@@ -31,7 +32,7 @@ REFUSED = [
     ({"weight_decay": float("inf")}, "weight_decay=inf"),
     ({"betas": (1.0, 0.9)}, r"betas=\(1.0, 0.9\) must be in \[0, 1\)"),
     ({"betas": (0.9, -0.1)}, "betas"),
-    ({"eps": 0.0}, "eps=0.0 must be positive"),
+    ({"eps": 0.0}, "eps=0.0 must be at least 1e-18"),
     ({"seed": -1}, r"seed=-1 must be in \[0, 2\*\*32\)"),
     ({"seed": 2**32}, "seed=4294967296"),
     ({"residual_bits": 1}, "residual_bits=1 is not one of"),
@@ -126,6 +127,46 @@ def test_state_of_other_parameters_is_refused() -> None:
         AdamW([{"params": named[:2]}, {"params": named[2:]}]).load_state_dict(state)
     with pytest.raises(ConfigError, match="entries of no parameter: 99"):
         AdamW(named).load_state_dict({**state, "state": {99: {"step": 1}}})
+
+
+@pytest.mark.parametrize(("kind", "missing"), [(SGD, "momentum"), (Adafactor, "beta1")])
+def test_state_of_another_optimizer_is_refused(kind: Any, missing: str) -> None:
+    model = make_model()
+    state = AdamW(model.named_parameters()).state_dict()
+    with pytest.raises(ConfigError, match=f"of another optimizer: it has no {missing}"):
+        kind(model.named_parameters()).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": math.nan}, "lr=nan"),
+        ({"significance": -3.0}, "significance=-3"),
+        ({"rounding": "x"}, "round"),
+    ],
+)
+@pytest.mark.parametrize("release", [False, True])
+def test_settings_are_checked_in_mid_run_and_in_a_saved_state(
+    change: dict[str, Any], message: str, release: bool
+) -> None:
+    """A learning rate that is NaN would throw every weight to an end of its grid."""
+    model = nn.Sequential(nn.Linear(10, 12, bias=False))
+    dqt.quantize_(model, "ternary")
+    optimizer = AdamW(model.named_parameters())
+    state = optimizer.state_dict()
+    state["param_groups"][0] |= change
+    with pytest.raises(ConfigError, match=message):
+        AdamW(model.named_parameters()).load_state_dict(state)
+    if release:
+        GradientRelease(optimizer)
+    optimizer.param_groups[0].update(change)
+    before = copy.deepcopy(model)
+    loss = model(torch.ones(2, 10)).sum()
+    if not release:
+        loss.backward()
+    with pytest.raises(ConfigError, match=message):
+        loss.backward() if release else optimizer.step()
+    assert_equal_state(model, before)
 
 
 def test_a_state_of_a_version_without_an_option_loads() -> None:

@@ -54,6 +54,13 @@ def test_extremes_over_long_inner_dimensions(left: int, right: int, inner: int) 
         assert (product(a, b) == left * right * inner).all()
 
 
+def test_autocast_does_not_round_codes() -> None:
+    a, b = random_int8(16, 64, "contiguous"), random_int8(64, 24, "contiguous")
+    with torch.autocast("cpu", torch.bfloat16):
+        for product in (int_mm, int_mm_by_float):
+            assert torch.equal(product(a, b).long(), a.long() @ b.long())
+
+
 def test_an_inner_dimension_that_could_overflow_is_refused() -> None:
     a, b = torch.ones(1, MAX_INNER + 1, dtype=torch.int8), torch.ones(MAX_INNER + 1, 1, dtype=torch.int8)
     with pytest.raises(ConfigError, match=r"overflow int32 \(limit 131071\).*float product"):

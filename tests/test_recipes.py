@@ -112,6 +112,17 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": "paper", "significance": 2.0}, "use AdamW, and method strict"),
     ({"method": "strict", "optimizer": "sgd", "significance": 2.0}, "use AdamW"),
     ({"method": "bitnet", "rounding": "gated"}, "use strict or residual"),
+    ({"method": "strict", "significance": 2.0, "rounding": "gated"}, "set significance=0 or rounding=stoch"),
+    ({"method": "strict", "significance": 2.0, "drop_smallest": 0.2}, "each choose which weights move"),
+    (
+        {"method": "strict", "rounding": "agreed", "drop_smallest": 0.2},
+        "set drop_smallest=0 or rounding=",
+    ),
+    (
+        {"method": "strict", "error_feedback": "eco", "significance": 2.0, "first_moment": "fp32"},
+        "set significance=0",
+    ),
+    ({"eps": 1e-24}, "eps=1e-24 makes no sense: use 1e-18 or more"),
     ({"method": "residual", "error_feedback": "eco"}, "takes a residual's place"),
     ({"method": "strict", "error_feedback": "eco", "rounding": "gated"}, "rounding stochastic or nearest"),
     ({"method": "strict", "error_feedback": "eco", "optimizer": "adafactor"}, "AdamW and SGD"),

@@ -17,6 +17,7 @@ from dqt.numerics.scales import (
     default_scale_rule,
     round_to_float16,
 )
+from dqt.tensor import QuantizedTensor
 
 GRID = np.linspace(-8, 8, 32_001)
 DENSITY = np.exp(-(GRID**2) / 2) / math.sqrt(2 * math.pi)
@@ -119,6 +120,15 @@ def test_scales_are_positive_float16_values(rule: str, size: float) -> None:
     assert torch.equal(scale, scale.half().float())
     assert (scale > 0).all()
     assert scale.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-4, 1e-5])
+def test_small_rows_of_a_trained_weight_are_not_lost(size: float) -> None:
+    """float16 has numbers below 6.1e-5, its least normal one, and 8 bits of a row of 1e-5 need them."""
+    weight = size * torch.randn(4, 256)
+    scale = compute_scale(weight, FORMATS["8"], "absmax", per_row=True)
+    rounded = QuantizedTensor.from_float(weight, scale, FORMATS["8"]).dequantize()
+    assert float((rounded - weight).norm() / weight.norm()) < 0.2 * (1 if size < 1e-4 else 0.1)
 
 
 def test_the_paper_scale_is_not_rounded() -> None:

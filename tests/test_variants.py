@@ -15,6 +15,7 @@ from dqt.numerics.packing import pack
 from dqt.numerics.rounding import ROUNDINGS
 from dqt.optim import SGD, Adafactor, AdamW, PaperAdafactor, PaperAdamW
 from dqt.optim.base import QuantizedOptimizer
+from dqt.optim.significance import least_direction
 from dqt.tensor import QuantizedTensor
 
 SCALE = 0.125
@@ -133,6 +134,31 @@ def test_of_pure_noise_as_much_moves_as_a_normal_distribution_says(beta1: float,
     wanted = math.erfc(significance / math.sqrt(2))
     error = 5 * math.sqrt(wanted * (1 - wanted) / weight.numel())
     assert float((moves != 0).double().mean()) == pytest.approx(wanted, rel=0.1, abs=error)
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.5, 0.98])
+@pytest.mark.parametrize("count", [1, 2, 30, 1000])
+def test_the_threshold_is_in_standard_deviations_of_a_young_average_too(beta1: float, count: int) -> None:
+    """Against the weights that independent gradients have in m / (1 - beta1^t)."""
+    weights = [(1 - beta1) * beta1**age / (1 - beta1**count) for age in range(count)]
+    deviation = math.sqrt(math.fsum(weight**2 for weight in weights))
+    assert least_direction(2.0, beta1, count) == pytest.approx(2 * deviation, rel=1e-6)
+
+
+def test_a_clipped_update_is_as_significant() -> None:
+    """`clip_update` makes a step shorter, and moves the same weights."""
+    moved = []
+    for clip_update in (0.0, 1.0):
+        weight = make_weight(rows=40, columns=50, code=0)
+        settings = {"lr": 0.0, "significance": 2.0, "rounding": "nearest", "clip_update": clip_update}
+        optimizer = AdamW([("w", weight)], **STRICT, **settings)
+        for number in range(30):
+            step(optimizer, weight, gradient(weight.shape, number))
+        optimizer.param_groups[0]["lr"] = 1e9 * SCALE  # whatever is not zero moves
+        moved.append(step(optimizer, weight, 3 * gradient(weight.shape, 30)) != 0)
+    assert optimizer.state[weight]["clip"] > 1.5
+    assert torch.equal(*moved)
+    assert 0.05 < float(moved[0].float().mean()) < 0.5
 
 
 def test_a_lean_is_followed_the_more_the_higher_the_threshold() -> None:
@@ -267,6 +293,10 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (Adafactor, {**ECO, "beta1": 0.9}, "eco is published for AdamW and SGD"),
     (SGD, {"learn_scale": True}, "scales are trained .* with AdamW"),
     (SGD, {"significance": 1.0}, "use AdamW"),
+    (AdamW, {**STRICT, "significance": 1.0, "rounding": "agreed"}, "each choose which weights move"),
+    (AdamW, {**STRICT, "significance": 1.0, "drop_smallest": 0.1}, "each choose which weights move"),
+    (AdamW, {**STRICT, "rounding": "gated", "drop_smallest": 0.1}, "each choose which weights move"),
+    (AdamW, {**ECO, "significance": 1.0}, "set significance=0"),
     (AdamW, {"rounding": "gated", "betas": (0.0, 0.95)}, "set betas to keep one"),
     (SGD, {"rounding": "agreed"}, "set betas to keep one"),
     (SGD, {"rounding": "gated", "momentum": 0.9}, "rounding=agreed"),

@@ -315,12 +315,16 @@ def test_a_residual_begins_with_what_rounding_left(fmt: Format, k: int) -> None:
     nn.init.normal_(layer.weight, std=2.0)
     floats = layer.weight.detach().double()
     dqt.quantize_(layer, fmt.name, per_row=True, keep_remainder=True)
+    layer.to(torch.bfloat16).to(torch.float32)  # as .to(device) does, makes new tensors
     weight: Any = layer.weight
     codes = weight.unpack()
     optimizer = AdamW([(NAME, weight)], lr=0.0, betas=(0.0, 0.9), residual_bits=k)
+    assert weight.kept_remainder is None
+    saved = optimizer.state_dict()  # before the first step
+    optimizer = AdamW([(NAME, weight)], lr=0.0, betas=(0.0, 0.9), residual_bits=k)
+    optimizer.load_state_dict(saved)
     weight.grad = torch.zeros(5, 64)
     optimizer.step()
-    assert weight.kept_remainder is None
     assert torch.equal(weight.unpack(), codes)
     if not k:
         return
@@ -329,3 +333,22 @@ def test_a_residual_begins_with_what_rounding_left(fmt: Format, k: int) -> None:
     wanted = (floats / weight.scale + fmt.offset).clamp(fmt.qmin, fmt.qmax)
     error = (codes + rest - wanted).abs()
     assert error.max() <= 1 / 256 + (0.5 / unit if k < 8 else 1e-5)
+
+
+def test_other_codes_have_no_remainder() -> None:
+    def converted() -> nn.Linear:
+        layer = nn.Linear(64, 5, bias=False)
+        dqt.quantize_(layer, 4, keep_remainder=True)
+        return layer
+
+    def kept(layer: nn.Linear) -> bool:
+        weight: Any = layer.weight
+        return weight.kept_remainder is not None
+
+    loaded, written = converted(), converted()
+    assert kept(loaded)
+    loaded.load_state_dict(converted().state_dict())
+    assert not kept(loaded)
+    weight: Any = written.weight
+    weight.write_codes(weight.unpack())
+    assert not kept(written)

@@ -23,6 +23,9 @@ FIRST_MOMENTS = ("none", "fp32", "bf16", "int8", "fp8")
 SECOND_MOMENTS = ("none", "full", "bf16", "int8", "fp8", "factored")
 ERROR_FEEDBACKS = ("none", "eco")
 
+LEAST_EPS = 1e-18
+"""Of AdamW. A factored second moment multiplies 1 / eps by up to 1e15, which float32 has to hold."""
+
 FLOAT_RESIDUAL = 32
 RESIDUAL_BITS = (0, 2, 3, 4, 5, 6, 7, 8, 16, FLOAT_RESIDUAL)
 DEFAULT_HYSTERESIS = 0.056
@@ -62,6 +65,7 @@ def update_conflicts(
     second_moment: str,
     residual_bits: int | str,
     rounding: str,
+    drop_smallest: float,
     significance: float,
     error_feedback: str,
     learns_scale: bool,
@@ -75,6 +79,7 @@ def update_conflicts(
         second_moment: How it is kept.
         residual_bits: 0 for none.
         rounding: One of `ROUNDINGS`.
+        drop_smallest: Share of updates; 0 for none.
         significance: 0 for none.
         error_feedback: One of `ERROR_FEEDBACKS`.
         learns_scale: Whether scales are trained.
@@ -98,6 +103,17 @@ def update_conflicts(
         f"significance={significance} is about AdamW's direction and single moves: use AdamW, and method "
         "strict or residual",
     )
+    choosers = {
+        "significance": (significance, "significance=0"),
+        "drop_smallest": (drop_smallest, "drop_smallest=0"),
+        "rounding": (rounding if rounding in GATED_ROUNDINGS else "", "rounding=stochastic"),
+    }
+    chosen = {key: each for key, each in choosers.items() if each[0]}
+    yield (
+        len(chosen) > 1,
+        f"{' and '.join(f'{key}={value}' for key, (value, _) in chosen.items())} each choose which weights "
+        f"move, and one would undo the other: set {' or '.join(without for _, without in chosen.values())}",
+    )
     yield (
         learns_scale and (optimizer != "adamw" or published or error_feedback == "eco"),
         "scales are trained (learn_scale, scale_rule=learned) with AdamW in methods strict and residual, "
@@ -117,6 +133,11 @@ def update_conflicts(
         "rounding=agreed",
     )
     if error_feedback == "eco":
+        yield (
+            significance,
+            f"error_feedback=eco feeds back what rounding lost, and significance={significance} begins the "
+            "moment that it goes into anew: set significance=0",
+        )
         yield (
             residual_bits or published,
             "error_feedback=eco takes a residual's place, in AdamW and SGD: set residual_bits=0 (method "

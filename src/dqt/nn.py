@@ -341,6 +341,12 @@ def _load_plain_tensors(
                 f"the model's is {old.dtype} {tuple(old.shape)}."
             )
             return
+    if weight.codes.is_meta:
+        errors.append(
+            f"{name} is on the meta device, which has no memory for codes: make and quantize the model "
+            "elsewhere, then load."
+        )
+        return
     loaded = QuantizedTensor(codes, scale, weight.format, weight.shape)
     try:
         loaded.check_codes()
@@ -353,6 +359,7 @@ def _load_plain_tensors(
     with torch.no_grad():
         weight.codes.copy_(codes)
         weight.scale.copy_(scale)
+    weight.kept_remainder = None
     torch.autograd.graph.increment_version(weight)
 
 

@@ -14,6 +14,7 @@ from dqt.choices import (
     DEFAULT_HYSTERESIS,
     ERROR_FEEDBACKS,
     FIRST_MOMENTS,
+    LEAST_EPS,
     ROUNDINGS,
     SCALE_RULES,
     SECOND_MOMENTS,
@@ -207,12 +208,14 @@ def refuse_rules(recipe: Recipe, rules: Mapping[str, str | int | None]) -> None:
 
 
 def _conflicts_of_numbers(recipe: Recipe) -> Iterator[tuple[object, str]]:
-    for key in ("lr", "eps"):
-        value = getattr(recipe, key)
-        yield (
-            value is not None and not 0 < value < math.inf,
-            f"{key}={value} makes no sense: use a number above 0",
-        )
+    yield (
+        recipe.lr is not None and not 0 < recipe.lr < math.inf,
+        f"lr={recipe.lr} makes no sense: use a number above 0",
+    )
+    yield (
+        not LEAST_EPS <= recipe.eps < math.inf,
+        f"eps={recipe.eps} makes no sense: use {LEAST_EPS} or more",
+    )
     for key in ("weight_decay", "grad_clip", "clip_update", "warmup_steps"):
         value = getattr(recipe, key)
         yield value is not None and not 0 <= value < math.inf, f"{key}={value} makes no sense: use 0 or more"
@@ -340,6 +343,7 @@ def _conflicts_of_rounding(recipe: Recipe) -> Iterator[tuple[object, str]]:
             second_moment=recipe.second_moment,
             residual_bits=recipe.residual_bits,
             rounding=rounding,
+            drop_smallest=recipe.drop_smallest,
             significance=recipe.significance,
             error_feedback=recipe.error_feedback,
             learns_scale=recipe.scale_rule == "learned",

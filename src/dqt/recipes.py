@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from dqt.choices import FLOAT_RESIDUAL, PRODUCTS, TRAINED_PRODUCTS, Products
+from dqt.choices import FLOAT_RESIDUAL, GATED_ROUNDINGS, PRODUCTS, TRAINED_PRODUCTS, Products
 from dqt.errors import ConfigError, did_you_mean
 from dqt.numerics.formats import Format, parse_bits
 from dqt.recipe import FLOAT_METHODS, METHODS, Recipe, refuse_unread
@@ -59,8 +59,13 @@ def recipe_for(
     if not overrides.get("betas", (0.9,))[0] or overrides.get("error_feedback") == "eco":
         defaults.pop("first_moment", None)  # there is none to save, or what is fed back would be rounded away
     if overrides.get("error_feedback") == "eco":
-        defaults.pop("significance", None)  # what does not stand out is kept back, and fed back
         defaults.pop("rounding", None)
+    if (
+        overrides.get("error_feedback") == "eco"
+        or overrides.get("drop_smallest")
+        or overrides.get("rounding") in GATED_ROUNDINGS
+    ):
+        defaults.pop("significance", None)  # see `update_conflicts`
     if overrides.get("residual_bits") == FLOAT_RESIDUAL:
         defaults.pop("rounding", None)  # it is not rounded
     defaults |= _of_environment(overrides.get("environment", "fp32"), {**defaults, **overrides})

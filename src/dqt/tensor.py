@@ -54,7 +54,7 @@ class QuantizedTensor(torch.Tensor):
         format: The format of the codes.
         products: How linear layers multiply with it.
         kept_remainder: What rounding left of a trained weight, `int8` [rows, columns] in 1/128 grid steps,
-            until an optimizer's residual begins with it; None otherwise. Copies do not have it.
+            until an optimizer's residual begins with it; None otherwise. Copies share it, new codes drop it.
     """
 
     codes: Tensor
@@ -177,6 +177,7 @@ class QuantizedTensor(torch.Tensor):
             rows: Which rows.
         """
         self.codes.view(self.rows, self.codes.shape[-1])[rows] = ops.pack(codes, self.format.bits)
+        self.kept_remainder = None
         torch.autograd.graph.increment_version(self)
 
     def check_codes(self) -> None:
@@ -189,7 +190,10 @@ class QuantizedTensor(torch.Tensor):
     # -- torch protocols -------------------------------------------------------------------------------------
 
     def _with(self, codes: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> QuantizedTensor:
-        return QuantizedTensor(codes, scale, self.format, self.shape, dtype or self.dtype, self.products)
+        copy = QuantizedTensor(codes, scale, self.format, self.shape, dtype or self.dtype, self.products)
+        if self.kept_remainder is not None:
+            copy.kept_remainder = self.kept_remainder.to(codes.device)
+        return copy
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Format, torch.dtype, Products]]:
         return ["codes", "scale"], (self.format, self.dtype, self.products)
@@ -251,6 +255,7 @@ class QuantizedTensor(torch.Tensor):
                     )
                 self.codes.copy_(source.codes)
                 self.scale.copy_(source.scale)
+                self.kept_remainder = source.kept_remainder
                 return self
         for written in _written_arguments(func, args, kwargs):
             if isinstance(written, cls):

@@ -126,15 +126,20 @@ def test_a_run_goes_on_in_more_bits(starts: dict[str, Path], tmp_path: Path) -> 
     assert start["converted_val_loss"] == pytest.approx(start["val_loss"], abs=0.02)
 
 
-@pytest.mark.parametrize("kind", ["directory", "run"])
+@pytest.mark.parametrize(("kind", "step"), [("directory", 0), ("directory", 4), ("run", 4)])
 def test_resume_gives_the_same_bits(
-    starts: dict[str, Path], kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    starts: dict[str, Path], kind: str, step: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = run(starts[kind], tmp_path / "whole", quant__bits="4", train__steps=6)
-    run(starts[kind], tmp_path / "parts", quant__bits="4", train__steps=6)
-    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-000006")
-    assert main(["inspect", str(tmp_path / "parts" / "checkpoints" / "step-000004")]) == 0
-    parts = run(starts[kind], tmp_path / "parts", resume="auto", quant__bits="4", train__steps=6)
+    """From step 0 too, which is there to roll back to; by then the residual is what conversion left."""
+    values = {"quant__bits": "4", "train__steps": 6, "train__on_spike": "rollback"}
+    whole = run(starts[kind], tmp_path / "whole", **values)
+    run(starts[kind], tmp_path / "parts", train__keep_checkpoints=9, **values)
+    checkpoints = tmp_path / "parts" / "checkpoints"
+    for checkpoint in checkpoints.iterdir():
+        if checkpoint.name > f"step-{step:06d}":
+            shutil.rmtree(checkpoint)
+    assert main(["inspect", str(checkpoints / f"step-{step:06d}")]) == 0
+    parts = run(starts[kind], tmp_path / "parts", resume="auto", **values)
     capsys.readouterr()
     name = "model/model.safetensors"
     assert_same_tensors(whole.directory.path / name, parts.directory.path / name)

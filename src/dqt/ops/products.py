@@ -104,9 +104,10 @@ def require_no_overflow(inner: int) -> None:
 def int_mm_by_float(a: Tensor, b: Tensor) -> Tensor:
     """`int_mm` in float32 products over chunks short enough to be exact; for CPUs without VNNI."""
     total = torch.zeros(a.shape[0], b.shape[1], dtype=torch.int32, device=a.device)
-    for start in range(0, a.shape[1], EXACT_FLOAT32_INNER):
-        chunk = slice(start, start + EXACT_FLOAT32_INNER)
-        total += (a[:, chunk].float() @ b[chunk].float()).to(torch.int32)
+    with torch.autocast(a.device.type, enabled=False):  # which would round the codes to bfloat16
+        for start in range(0, a.shape[1], EXACT_FLOAT32_INNER):
+            chunk = slice(start, start + EXACT_FLOAT32_INNER)
+            total += (a[:, chunk].float() @ b[chunk].float()).to(torch.int32)
     return total
 
 

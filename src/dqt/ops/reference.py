@@ -116,6 +116,8 @@ def column_sums(values: Tensor) -> Tensor:
     partial = blocks[:, 0].clone()
     for i in range(1, COLUMN_ROWS):
         partial += blocks[:, i]
+    if not partial.shape[0]:
+        return values.new_zeros(values.shape[1])
     total = partial[0].clone()
     for i in range(1, partial.shape[0]):
         total += partial[i]

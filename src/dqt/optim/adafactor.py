@@ -78,8 +78,8 @@ class Adafactor(QuantizedOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        if not all(eps > 0.0 for eps in group["eps"]):
-            raise ConfigError(f"eps={group['eps']} must be positive")
+        if not (group["eps"][0] >= 1e-30 and group["eps"][1] > 0.0):  # less than the published would overflow
+            raise ConfigError(f"eps={group['eps']} must be at least 1e-30, and positive")
         if not 0.0 <= group["clip_threshold"] < float("inf"):
             raise ConfigError(f"clip_threshold={group['clip_threshold']} must be finite and not negative")
         if not group["decay_rate"] < 0.0:

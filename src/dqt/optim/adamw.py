@@ -16,6 +16,7 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
+from dqt.choices import LEAST_EPS
 from dqt.errors import ConfigError
 from dqt.optim.base import QuantizedOptimizer
 from dqt.optim.moments import Moments, ordered_mean, update_clip
@@ -64,8 +65,8 @@ class AdamW(QuantizedOptimizer):
         super()._check_group(group)
         if not all(0.0 <= beta < 1.0 for beta in group["betas"]):
             raise ConfigError(f"betas={group['betas']} must be in [0, 1)")
-        if not group["eps"] > 0.0:
-            raise ConfigError(f"eps={group['eps']} must be positive")
+        if not group["eps"] >= LEAST_EPS:
+            raise ConfigError(f"eps={group['eps']} must be at least {LEAST_EPS}")
         if not 0.0 <= group["clip_update"] < float("inf"):
             raise ConfigError(f"clip_update={group['clip_update']} must be finite and not negative")
         if group["second_moment"] == "none":

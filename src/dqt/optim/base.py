@@ -84,6 +84,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         except ConfigError:
             self.param_groups.pop()
             raise
+        self._take_remainders(self.param_groups[-1])
 
     def _check_names(self) -> None:
         if "param_names" not in self.param_groups[-1]:
@@ -105,6 +106,21 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         check_options(group)
         first = group["first_moment"] if self.first_beta(group) else "none"
         check_pairs(group, self.kind, self.published, first)
+
+    def check_groups(self) -> None:
+        """Refuses what has become of the groups' settings, such as a learning rate that is NaN."""
+        for group in self.param_groups:
+            self._check_group(group)
+
+    def _take_remainders(self, group: dict[str, Any]) -> None:
+        """Begins residuals with what rounding left of trained weights; so a state saved now has them."""
+        for parameter in group["params"]:
+            if isinstance(parameter, QuantizedTensor) and parameter.kept_remainder is not None:
+                if bits := _residual_bits(parameter, group):
+                    state = self._new_state(parameter, group, parameter.device)
+                    state["residual"] = residual_from(parameter.kept_remainder, bits)
+                    self.state[parameter] = state
+                parameter.kept_remainder = None
 
     # -- the update rule, written by subclasses --------------------------------------------------------------
 
@@ -131,7 +147,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
 
         Raises:
             NonFiniteError: If a gradient holds NaN or Inf; nothing was changed then.
-            ConfigError: If a group asks for other state than it did at the first step; nothing was changed.
+            ConfigError: If a group asks for other state than it did at the first step, or for what makes no
+                sense; nothing was changed.
         """
         loss = None
         if closure is not None:
@@ -146,6 +163,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             self.release.end_step()
             return loss
         self._squares.clear()
+        self.check_groups()
         for name, parameter, group in self.with_gradient():
             self.check_kept(name, parameter, group)
             self.check_gradient(name, parameter)
@@ -207,20 +225,22 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         grad = gradient_matrix(parameter)
         if not state:
             state.update(self._new_state(parameter, group, grad.device))
-        state["step"] = state.get("step", 0) + 1
+        state["step"] += 1
         moments, residual_bits = self._moments(parameter, group, state), _residual_bits(parameter, group)
+        rule = self.rule(parameter, grad, moments, group)
+        clip = state["clip"] if group.get("clip_update") else 1.0
         step = Step(
             parameter=parameter,
             grad=grad,
             moments=moments,
-            rule=self.rule(parameter, grad, moments, group),
+            rule=rule,
             seed=group["seed"],
             stream=philox.stream_of(name),
             rounding=group["rounding"],
             residual_bits=residual_bits,
             hysteresis=group["hysteresis"],
             drop_smallest=group["drop_smallest"],
-            least=least_direction(group["significance"], self.first_beta(group)),
+            least=least_direction(group["significance"], self.first_beta(group), state["step"], clip),
             error_feedback=group["error_feedback"],
             stats=self._stats if self.collect_telemetry else None,
         )
@@ -268,17 +288,13 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                 forms |= {"scale": scale, "scale_sq": scale}
         return forms
 
-    def _new_state(self, parameter: Tensor, group: dict[str, Any], device: torch.device) -> dict[str, Tensor]:
-        """The tensors that a parameter's first step starts from."""
-        forms = self._forms(parameter, group)
-        state = {key: torch.zeros(shape, dtype=dtype, device=device) for key, (dtype, shape) in forms.items()}
-        if not isinstance(parameter, QuantizedTensor):
-            return state
-        if "scale" in state:
+    def _new_state(self, parameter: Tensor, group: dict[str, Any], device: torch.device) -> dict[str, Any]:
+        """What a parameter's first step starts from."""
+        state: dict[str, Any] = {"step": 0}
+        for key, (dtype, shape) in self._forms(parameter, group).items():
+            state[key] = torch.zeros(shape, dtype=dtype, device=device)
+        if isinstance(parameter, QuantizedTensor) and "scale" in state:
             state["scale"].copy_(parameter.scale)
-        remainder, parameter.kept_remainder = parameter.kept_remainder, None
-        if "residual" in state and remainder is not None:
-            state["residual"] = residual_from(remainder.to(device), _residual_bits(parameter, group))
         return state
 
     def _moments(self, parameter: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Moments:
@@ -330,6 +346,10 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         if split != saved_split:
             differing = sorted(set(ours) ^ set(theirs)) or ["their order, or the groups that they are in"]
             raise ConfigError(f"the optimizer state is of other parameters: {', '.join(differing[:5])}")
+        for group, saved in zip(self.param_groups, saved_groups, strict=True):
+            if missing := sorted(group.keys() - saved.keys()):
+                raise ConfigError(f"the optimizer state is of another optimizer: it has no {missing[0]}")
+            self._check_group({**saved, "params": group["params"]})
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         groups = [group for group in saved_groups for _ in group["param_names"]]
         if strange := {str(index) for index in state_dict["state"]} - {str(i) for i in range(len(ours))}:

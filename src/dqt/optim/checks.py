@@ -53,7 +53,7 @@ def require_fitting(name: str, saved: Mapping[str, Any], expected: Mapping[str, 
         if saved[key].is_floating_point() and not _finite(saved[key]):
             raise ConfigError(f"{key} of {name} holds NaN or Inf in the saved state")
     step = saved.get("step")
-    if type(step) is not int or not 1 <= step < 2**32:
+    if type(step) is not int or not 0 <= step < 2**32:
         raise ConfigError(f"the saved state of {name} has step {step!r}")
     for key, value in saved.items():
         if key not in tensors and not (type(value) in (int, float) and math.isfinite(value)):

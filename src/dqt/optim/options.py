@@ -35,8 +35,8 @@ class Options(TypedDict, total=False):
         rounding: "stochastic", or "low_discrepancy", which adds less noise; for comparison one of the others
             in `dqt.numerics.rounding`.
         drop_smallest: Share of the smallest updates of a low-bit weight that is dropped; for comparison.
-        significance: Moves only weights whose direction is this many times what noise alone would make of it,
-            keeps the others still, and begins the first moment of what has moved anew (AdamW only); see
+        significance: A gradient moves only weights whose direction is this many times what noise alone would
+            make of it, and the first moment of a weight whose code has changed begins anew (AdamW only); see
             `dqt.optim.significance`.
         learn_scale: Train the scales of low-bit weights too (AdamW only); see `dqt.optim.learned_scale`.
         error_feedback: "none", or "eco"; see `dqt.optim.eco`.
@@ -122,6 +122,7 @@ def check_pairs(group: Mapping[str, Any], kind: str, published: bool, first_mome
         second_moment=group.get("second_moment", "none"),
         residual_bits=group["residual_bits"],
         rounding=group["rounding"],
+        drop_smallest=group["drop_smallest"],
         significance=group["significance"],
         error_feedback=group["error_feedback"],
         learns_scale=group["learn_scale"],

@@ -74,6 +74,7 @@ class GradientRelease:
                 "gone, so gradients can't be accumulated. Use a larger batch, or no gradient release"
             )
         if not self._done:
+            optimizer.check_groups()
             optimizer.begin_step()
             self._squares = 0.0
         group = optimizer.param_groups[group_number]  # looked up, because load_state_dict replaces groups

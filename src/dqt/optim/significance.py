@@ -8,8 +8,12 @@ direction that is noise with a slight lean, N(s, 1), the part above t and the pa
 to 1, so that a threshold which rises during the run is an annealing.
 
 The direction's own size says what is noise: where gradients are independent with mean zero, AdamW's first
-moment has sqrt((1 - beta1) / (1 + beta1)) times the root mean square of the gradient, by which it is divided.
-The threshold is in these units, those of a z-test.
+moment after t steps, over 1 - beta1^t, has the standard deviation
+
+    sqrt((1 - beta1) / (1 + beta1) * (1 + beta1^t) / (1 - beta1^t))
+
+times the root mean square of the gradient, by which it is divided. The threshold is in these units, those of
+a z-test.
 
 A move uses its evidence up: the first moment of a weight whose code has moved begins again at zero. It lets
 an average be long, as it else goes on pushing what has already moved. Strict ternary, micro with 4 layers,
@@ -29,12 +33,16 @@ import math
 import torch
 
 
-def least_direction(significance: float, beta1: float) -> float:
+def least_direction(significance: float, beta1: float, step: int, clip: float = 1.0) -> float:
     """The magnitude below which a direction of AdamW does not move its weight.
 
     Args:
         significance: In standard deviations of what noise alone makes of a direction.
         beta1: Decay of the first moment; 0 is none.
+        step: Of the optimizer, from 1: an average of few gradients is noisier.
+        clip: What the direction was divided by, see `AdamW`'s `clip_update`.
     """
-    least = significance * math.sqrt((1 - beta1) / (1 + beta1))
+    young = beta1**step
+    variance = (1 - beta1) / (1 + beta1) * (1 + young) / (1 - young)
+    least = significance * math.sqrt(variance) / clip
     return float(torch.tensor(least, dtype=torch.float32))  # as a kernel gets it
