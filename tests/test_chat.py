@@ -226,6 +226,7 @@ BAD = [
     ('{"text": "a"}', "line 2 has 'text': it needs \"messages\""),
     ('{"prompt": "a"}', "line 2 has 'prompt'"),
     ('{"prompt": "a", "completion": 3}', "line 2: the content of a message of 'assistant' is no text"),
+    ('{"prompt": "a", "completion": "half \\ud83d"}', "message of 'assistant' has half a character"),
     ('{"messages": "a"}', "line 2: messages is no list"),
     ('{"messages": [{"role": "bot", "content": "a"}]}', "line 2 has a message with the role 'bot'"),
     ('{"messages": [{"role": "user", "content": "a"}]}', 'line 2 needs a message of "user"'),

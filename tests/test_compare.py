@@ -20,7 +20,7 @@ from dqt.cli import main
 from dqt.compare.command import suite_of_files
 from dqt.compare.experiment import Experiment, select
 from dqt.compare.figures import frontier
-from dqt.compare.results import collect
+from dqt.compare.results import collect, to_markdown
 from dqt.compare.runs import LEDGER
 from dqt.compare.suites import SUITES
 from dqt.errors import ConfigError
@@ -63,7 +63,8 @@ def test_arms_of_files_are_measured_against_the_first(
     files = arm(tmp_path, "plain", quant__method="fp32"), arm(tmp_path, "low", quant__bits="4")
     arguments = ["--out", str(tmp_path), "--jobs", "2", "--seeds", "3", "--set", "train.steps=4"]
     assert main(["compare", *files, *arguments]) == 0
-    plain, low = json.loads((tmp_path / "files" / "results.json").read_text())["arms"]
+    (results,) = tmp_path.glob("files-*/results.json")
+    plain, low = json.loads(results.read_text())["arms"]
     assert (plain["arm"], plain["gaps"], low["gaps"]["plain"]["arm"]) == ("plain", {}, "plain")
     losses = [[run["val_loss"] for run in each["runs"]] for each in (plain, low)]
     differences = [b - a for a, b in zip(*losses, strict=True)]
@@ -268,6 +269,44 @@ def test_arms_are_selected_by_pattern(tmp_path: Path) -> None:
         select(SUITES["bits"], ["FP23"])
 
 
+def test_results_of_other_arms_and_settings_lie_apart(tmp_path: Path) -> None:
+    whole = SUITES["main"]
+    part = select(whole, ["FP32*"])
+    wide = {"model.hidden_size": 256}
+    names = [
+        Experiment(suite, tmp_path, settings=settings, quick=quick).name
+        for suite, settings, quick in (
+            (whole, {}, False),
+            (whole, {}, True),
+            (whole, wide, False),
+            (part, {}, False),
+            (part, wide, False),
+        )
+    ]
+    assert names[:2] == ["main", "main-quick"]
+    assert len(set(names)) == len(names)
+
+
+def test_losses_of_other_tokens_are_not_compared(tmp_path: Path) -> None:
+    files = arm(tmp_path, "a"), arm(tmp_path, "b", data__vocab_size=290)
+    with pytest.raises(ConfigError, match="arms 'a' and 'b' have other tokens"):
+        compare(tmp_path, *files, seeds=1)
+
+
+def test_what_is_paired_says_so(tmp_path: Path) -> None:
+    first = arm(tmp_path, "a", train__accumulation=2)
+    for other, paired in (
+        (arm(tmp_path, "b", quant__bits="8", train__accumulation=2), True),
+        (arm(tmp_path, "c", train__accumulation=1), False),
+    ):
+        experiment = Experiment(suite_of_files([Path(first), Path(other)]), tmp_path, seeds=2)
+        content = collect(experiment)
+        assert ("paired" in to_markdown(content)) == paired
+        train = experiment.results[0].config.train
+        assert content["arms"][0]["tokens"] == train.steps * train.batch_size * train.seq_len * 2
+        assert content["arms"][1]["config"]["train"]["threads"] == 1
+
+
 def test_the_frontier_is_what_nothing_beats() -> None:
     points = [(12.0, 2.0), (1.0, 3.0), (2.0, 2.5), (2.0, 2.4), (4.0, 2.6), (12.0, 1.9)]
     assert frontier(points) == [(1.0, 3.0), (2.0, 2.4), (12.0, 1.9)]
@@ -283,6 +322,8 @@ def test_lists_and_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "quant.residual_bits = 6" in out
     (tmp_path / "file").write_text("")
     a, other = arm(tmp_path, "a"), tmp_path / "other"
+    start = str(tmp_path / "start.toml")
+    Path(start).write_text('[model]\nstart_from = "somewhere"\n')
     other.mkdir()
     for arguments, message in {
         ("mian",): "unknown suite 'mian', and no config file; did you mean 'main'",
@@ -296,6 +337,8 @@ def test_lists_and_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str])
             "train.stesp=3",
         ): "arm 'FP32, β₁ 0.9': unknown key train.stesp; did you mean 'steps'",
         ("main", "--set", "model.hidden_size=130"): "arm 'FP32, β₁ 0.9'",
+        ("main", "--set", "train.seed=3"): "train.seed is what a comparison sets itself",
+        (start,): "comparisons train new models",
         ("main", "--quick", "--out", str(tmp_path / "file")): "is a file, not a directory",
     }.items():
         assert main(["compare", *arguments]) == 2

@@ -1,6 +1,7 @@
 """Sources: what is read, what is left out, and a clear error for every text that cannot be used."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,12 +45,9 @@ def test_folders_are_read_in_sorted_order_without_what_is_no_text(tmp_path: Path
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
     single = tmp_path / "b.md"
-    source = read_paths([tmp_path, single])
-    assert source.documents == [
-        Document("b.md", "second"),
-        Document("a/z.txt", "é"),
-        Document("b.md", "second"),
-    ]
+    os.mkfifo(tmp_path / "pipe")  # would be read for ever
+    source = read_paths([tmp_path, single, tmp_path / "a", tmp_path])
+    assert source.documents == [Document("b.md", "second"), Document("a/z.txt", "é")], "each read once"
     assert source.description == {"name": "text", "binary_files_left_out": ["image.png"]}
 
 

@@ -71,6 +71,12 @@ def test_what_is_proposed_fits(
     assert ("fits" in str(found)) == (not keys)
 
 
+def test_what_an_optimizer_has_not_is_not_proposed() -> None:
+    found = plan(config(optim__name="sgd"), budget="1MB")
+    assert not found.fits
+    assert not [key for key in found.settings if "moment" in key]
+
+
 def test_changes_are_cheapest_first_and_none_is_idle() -> None:
     asked = config(model__preset="130m", train__batch_size=8)
     found = plan(asked, budget="1.2GB")

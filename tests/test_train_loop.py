@@ -304,6 +304,16 @@ def test_directories_that_are_refused(make: Callable[[Path], None], part: str, t
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_overwrite_is_for_runs_alone(tmp_path: Path) -> None:
+    """Of somebody's project it would take `model`, `plots` and `config.toml`."""
+    kept = tmp_path / "run" / "model" / "weights.txt"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("mine")
+    with pytest.raises(ConfigError, match="holds other files and no run"):
+        run_micro(tmp_path, overwrite=True)
+    assert kept.read_text() == "mine"
+
+
 def test_a_directory_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(ConfigError, match="can't be written"):

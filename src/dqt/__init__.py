@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from dqt import optim
+    from dqt import build, hf, models, optim, recipes, train
     from dqt.choices import Products
     from dqt.fused import fuse_
     from dqt.hf import DqtConfig
@@ -30,10 +30,15 @@ __all__ = [
     "QuantizeReport",
     "QuantizedTensor",
     "__version__",
+    "build",
     "fuse_",
+    "hf",
     "merge_lora",
+    "models",
     "optim",
     "quantize_",
+    "recipes",
+    "train",
 ]
 
 _HOME = {
@@ -47,9 +52,13 @@ _HOME = {
 }
 
 
+_MODULES = ("build", "hf", "models", "optim", "recipes", "train")
+"""Those that the documentation names as `dqt.` and the module."""
+
+
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
-    if name == "optim":
-        return importlib.import_module("dqt.optim")
+    if name in _MODULES:
+        return importlib.import_module(f"dqt.{name}")
     raise AttributeError(f"module 'dqt' has no attribute {name!r}")

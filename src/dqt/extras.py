@@ -25,8 +25,11 @@ def require(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        if (error.name or "").partition(".")[0] != module.partition(".")[0]:
-            raise
+        if (missing := (error.name or "").partition(".")[0]) != module.partition(".")[0]:
+            raise ConfigError(
+                f"{module}, which {PURPOSES[module]}, can't be imported ({error}): pip install "
+                f"{missing or module}, or 'dqt[{extra}]' again"
+            ) from error
         raise ConfigError(
             f"{module} is not installed, which {PURPOSES[module]}: pip install 'dqt[{extra}]'"
         ) from None

@@ -155,7 +155,7 @@ def check_early(config: Path | None, values: dict[str, Any]) -> None:
 
 
 def require_paths(paths: Any) -> None:
-    """Refuses text that is not there."""
-    for path in [paths] if isinstance(paths, str) else paths:
-        if not Path(path).exists():
+    """Refuses text that is not there; what is no path at all is for the config to refuse."""
+    for path in [paths] if isinstance(paths, str) or not isinstance(paths, list | tuple) else paths:
+        if isinstance(path, str | Path) and not Path(path).exists():
             raise DataError(f"{path} does not exist: give an existing text file or folder")

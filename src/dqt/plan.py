@@ -201,9 +201,10 @@ def advice(plan: Plan) -> str:
 def _candidates(config: Config) -> Iterator[tuple[dict[str, Any], str]]:
     """Settings that lower the peak, in the order of what they cost."""
     recipe, train = config.recipe(), config.train
-    if recipe.method != "paper" and recipe.second_moment != "factored":
+    can_factor = recipe.method != "paper" and recipe.optimizer != "sgd"
+    if can_factor and recipe.second_moment != "factored":
         yield {"optim.second_moment": "factored"}, "no loss measured"
-    if recipe.method != "paper" and recipe.float_second_moment != "factored":
+    if can_factor and recipe.float_second_moment != "factored":
         yield {"optim.float_second_moment": "factored"}, "of embedding and head: loss not measured"
     if not train.activation_checkpointing:
         yield {"train.activation_checkpointing": True}, "the same steps, a third more time"

@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace, settings: Mapping[str, Any]) -> int:
     _require_folder(arguments.out)
     print(headline(experiment), flush=True)
     experiment.run()
-    folder = arguments.out / (f"{suite.name}-quick" if arguments.quick else suite.name)
+    folder = arguments.out / experiment.name
     content = write(experiment, folder)
     print(f"\n{to_markdown(content)}\nresults: {folder}")
     if experiment.interrupted:

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 from dqt.baselines import ternarize_
 from dqt.compare import pool as pools
 from dqt.compare.runs import FAILED, MISSING, Outcome, Run, fingerprint, place, read_outcome
-from dqt.compare.suites import QUICK, Arm, Suite
+from dqt.compare.suites import QUICK, SUITES, Arm, Suite
 from dqt.compare.tuning import MOST_RATES, best_rate, next_rates
 from dqt.data.prepare import Corpus, prepare_corpus
 from dqt.data.tokenizer import token_byte_lengths
@@ -45,6 +45,7 @@ TUNING_SEED = 1000
 QUICK_SEEDS, QUICK_RATES = 2, 3
 
 ALWAYS: Mapping[str, Any] = {"train.threads": 1, "train.sample_tokens": 0, "train.keep_checkpoints": 1}
+"""What no comparison may set, nor these: `train.seed` and `train.out` are its own."""
 
 
 @dataclass
@@ -130,12 +131,29 @@ class Experiment:
         self.seeds = range(seeds or (min(suite.seeds, QUICK_SEEDS) if quick else suite.seeds))
         self.tuned = suite.tuned and not quick if tuned is None else tuned
         self.settings = {**(QUICK if quick else {}), **(settings or {})}
+        for key in {*ALWAYS, "train.seed", "train.out"} & self.settings.keys():
+            raise ConfigError(
+                f"{key} is what a comparison sets itself, the same for all arms: leave it out (--seeds says "
+                "how many seeds, --jobs how many runs at a time, --out where)"
+            )
         self.interrupted = False
         self.console = Console(stream)
         self.pool = pools.Pool(folder, jobs, self.console, live=stream is not None and stream.isatty())
         self.corpora: dict[Any, Corpus] = {}
         self.results = [self._result(arm) for arm in suite.arms]
         self._titles: dict[Path, str] = {}
+
+    @property
+    def name(self) -> str:
+        """Of its results: the suite's, and a hash of its arms unless they are the suite's own.
+
+        So that a part of a suite, or other settings, do not replace what the whole one came to.
+        """
+        name = f"{self.suite.name}-quick" if self.quick else self.suite.name
+        if SUITES.get(self.suite.name) == self.suite and self.settings == (QUICK if self.quick else {}):
+            return name
+        arms = {each.arm.name: fingerprint(each.config) for each in self.results}
+        return f"{name}-{hashlib.sha256(storage.to_json(arms).encode()).hexdigest()[:8]}"
 
     @property
     def trained(self) -> list[ArmResult]:
@@ -169,6 +187,13 @@ class Experiment:
             if spec not in self.corpora:
                 self.corpora[spec] = prepare_corpus(spec, None, self.console.say)
             self.corpora[spec].require_length(required(result.config.train.seq_len))
+        first = self.trained[0]
+        for result in self.trained[1:]:
+            if self.corpora[result.config.data].hash != self.corpora[first.config.data].hash:
+                raise ConfigError(
+                    f"arms {first.arm.name!r} and {result.arm.name!r} have other tokens, so their losses in "
+                    "nats a token can't be compared: give all the same text and vocabulary (section [data])"
+                )
 
     def expected_seconds(self) -> float:
         """About how long it takes on `jobs` cores of the machine of docs/results.md, from the start."""
@@ -204,6 +229,11 @@ class Experiment:
         values = {**self.suite.settings, **arm.settings, **self.settings, **ALWAYS}
         try:
             config = Config().override(values)
+            if config.model.start_from is not None:
+                raise ConfigError(
+                    "comparisons train new models: leave model.start_from out, and compare runs of dqt train "
+                    "--from by their reports"
+                )
             resolved = resolve(config)
             model = resolved.model
             build_config(required(model.preset), required(model.arch), overrides=model.overrides)

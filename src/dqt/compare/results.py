@@ -26,7 +26,7 @@ from dqt.memory import CATEGORIES
 from dqt.models import build_config, count_parameters
 from dqt.sizes import format_bytes
 from dqt.train import storage
-from dqt.train.config import required
+from dqt.train.config import Config, required
 from dqt.train.metrics import finite
 
 QUICK_WARNING = "A quick run: it shows that the suite runs; its losses mean nothing."
@@ -44,6 +44,8 @@ def collect(experiment: Experiment) -> dict[str, Any]:
         "quick": experiment.quick,
         "interrupted": experiment.interrupted,
         "seeds": list(experiment.seeds),
+        "paired": len({tokens_a_step(each.config) for each in experiment.trained}) == 1
+        and len({each.config.train.seq_len for each in experiment.trained}) == 1,
         "tuned": experiment.tuned,
         "versions": {"dqt": __version__, "python": platform.python_version(), "torch": torch.__version__},
         "data": [
@@ -71,9 +73,9 @@ def _arm(result: ArmResult, by_name: Mapping[str, ArmResult], against: Mapping[s
     )
     return {
         "arm": result.arm.name,
-        "settings": dict(result.arm.settings),
+        "config": result.config.to_dict(),
         "linear_weights": count.linear,
-        "tokens": required(train.steps) * required(train.batch_size) * required(train.seq_len),
+        "tokens": required(train.steps) * tokens_a_step(result.config),
         "lr": result.rate,
         "loss": _numbers(loss),
         "gaps": {
@@ -91,6 +93,12 @@ def _arm(result: ArmResult, by_name: Mapping[str, ArmResult], against: Mapping[s
         ],
         "runs": [_outcome(result.runs[seed], outcome) for seed, outcome in result.outcomes.items()],
     }
+
+
+def tokens_a_step(config: Config) -> int:
+    """How many tokens an update learns from."""
+    train = config.train
+    return required(train.batch_size) * required(train.accumulation) * required(train.seq_len)
 
 
 def _numbers(found: Estimate) -> dict[str, Any]:
@@ -124,7 +132,8 @@ def to_markdown(content: Mapping[str, Any]) -> str:
     rates = (
         "each at its best learning rate of shorter runs" if content["tuned"] else "learning rates not tuned"
     )
-    plural = "s (paired: equal text, order and random words)" if seeds > 1 else ""
+    plural = "s (paired: equal text, order and random words)" if content["paired"] else "s"
+    plural = plural if seeds > 1 else ""
     head += [f"Validation loss in nats a token; {seeds} seed{plural}, ± 95 %; {rates}.", ""]
     columns = content["columns"]
     titles = ["arm", "lr", "loss", *(f"against {name}" for name in columns)]

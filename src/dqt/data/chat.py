@@ -91,6 +91,11 @@ def _messages(line: str, where: str) -> list[Message]:
             raise DataError(f"{where} has a message with the role {role!r}; {did_you_mean(str(role), ROLES)}")
         if not isinstance(message.get("content"), str):
             raise DataError(f"{where}: the content of a message of {role!r} is no text")
+        if any("\ud800" <= char <= "\udfff" for char in message["content"]):
+            raise DataError(
+                f"{where}: the content of a message of {role!r} has half a character (a lone surrogate, "
+                'as in "\\ud83d"): write it whole, or leave it out'
+            )
     roles = [message["role"] for message in messages]
     if "assistant" not in roles or roles[0] == "assistant":
         raise DataError(f'{where} needs a message of "user", and then one of "assistant" to learn')

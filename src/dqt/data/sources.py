@@ -104,7 +104,8 @@ def read_paths(paths: Iterable[str | os.PathLike[str]]) -> SourceText:
 
     A folder may hold other things: hidden entries, empty files, and files with a NUL byte (no text, whatever
     their suffix) are left out, the last ones counted in the description. Text in another encoding is an error
-    there too, since leaving it out would lose data in silence. A file that is named itself must be text.
+    there too, since leaving it out would lose data in silence. A file that is named itself must be text. One
+    that is reached twice is read once, or else its text could be both learnt and held out.
 
     Args:
         paths: files and folders; each document is named by its path below the one given.
@@ -114,6 +115,13 @@ def read_paths(paths: Iterable[str | os.PathLike[str]]) -> SourceText:
     """
     documents: list[Document] = []
     left_out: list[str] = []
+    read: set[Path] = set()
+
+    def is_new(path: Path) -> bool:
+        known = len(read)
+        read.add(path.resolve())
+        return len(read) > known
+
     for root in map(Path, paths):
         if not root.exists():
             raise DataError(f"{root} does not exist: give an existing text file or folder")
@@ -121,17 +129,22 @@ def read_paths(paths: Iterable[str | os.PathLike[str]]) -> SourceText:
             text = read_utf8(root)
             if not text:
                 raise DataError(f"{root} is empty: give a file with text in it")
-            documents.append(Document(root.name, text))
+            if is_new(root):
+                documents.append(Document(root.name, text))
             continue
-        before = len(documents)
+        is_empty = True
         for path in _walk(root):
             name = path.relative_to(root).as_posix()
             raw = _read_bytes(path)
-            if b"\0" in raw:
-                left_out.append(name)
-            elif raw:
+            is_text = bool(raw) and b"\0" not in raw
+            is_empty = is_empty and not is_text
+            if not is_new(path):
+                continue
+            if is_text:
                 documents.append(Document(name, _decode(path, raw)))
-        if len(documents) == before:
+            elif raw:
+                left_out.append(name)
+        if is_empty:
             raise DataError(f"{root} holds no text files (hidden, empty and binary ones do not count)")
     if not documents:
         raise DataError("no text given: name at least one file or folder")
@@ -233,8 +246,13 @@ def _decode(path: Path, raw: bytes) -> str:
 
 
 def _walk(root: Path, leave_out: Iterable[str] = ()) -> Iterable[Path]:
-    """All files below `root`, in sorted order, without hidden entries and folders named in `leave_out`."""
+    """All files below `root`, in sorted order, without hidden entries and folders named in `leave_out`.
+
+    Nor pipes, sockets and devices, whose reading need not end.
+    """
     skip = set(leave_out)
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in skip)
-        yield from (Path(folder, name) for name in sorted(files) if not name.startswith("."))
+        for path in (Path(folder, name) for name in sorted(files) if not name.startswith(".")):
+            if path.is_file() or not path.exists():  # a broken link is an error when it is read
+                yield path

@@ -98,11 +98,11 @@ class RunDirectory:
             raise ConfigError(f"{existing} is a file, not a directory: choose another --out")
         if not os.access(existing, os.W_OK | os.X_OK):
             raise ConfigError(f"{existing} can't be written: choose another --out, or change its permissions")
-        if not self.path.is_dir() or overwrite or not {path.name for path in self.path.iterdir()} - {LOCK}:
+        if not self.path.is_dir() or not {path.name for path in self.path.iterdir()} - {LOCK}:
             return
         if not self.record.is_file():
             raise ConfigError(f"{self.path} holds other files and no run: choose another --out")
-        if resume:
+        if resume or overwrite:
             return
         state = self.read_record().get("state")
         if state == FINISHED:

@@ -75,6 +75,8 @@ class ModelConfig(Section):
     initializer_range: float | None = None
 
     def _validate(self) -> None:
+        self._at_least(1, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        self._at_least(1, "num_key_value_heads")
         if self.start_from is None:
             self._one_of("preset", PRESETS)
             self._one_of("arch", ARCHITECTURES)
