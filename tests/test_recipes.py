@@ -16,7 +16,17 @@ from dqt.errors import ConfigError
 from dqt.numerics.formats import FORMATS
 from dqt.numerics.scales import default_scale_rule
 from dqt.optim import SGD, Adafactor, AdamW, PaperAdafactor, PaperAdamW
-from dqt.recipes import FINE_TUNING_RATE, LR_WIDTH, METHODS, Recipe, lr_rule, recipe_for
+from dqt.quantize import quantize_
+from dqt.recipes import (
+    FINE_TUNING_RATE,
+    LR_WIDTH,
+    METHODS,
+    STRICT_REACH,
+    Recipe,
+    headroom_rule,
+    lr_rule,
+    recipe_for,
+)
 from dqt.tensor import QuantizedTensor
 
 
@@ -355,3 +365,35 @@ def test_the_learning_rate_falls_with_the_root_of_the_width() -> None:
     assert lr_rule(recipe_for("residual"), LR_WIDTH) == 4e-3
     adafactor = recipe_for("strict", optimizer="adafactor")  # its rate is relative to the weight
     assert lr_rule(adafactor, 4 * LR_WIDTH) == lr_rule(adafactor, LR_WIDTH)
+
+
+@pytest.mark.parametrize("bits", ["4", "8"])
+@pytest.mark.parametrize(("lr", "steps"), [(2.5e-3, 2442), (5e-3, 2442), (2.5e-3, 9768)])
+@pytest.mark.parametrize("init_gain", [None, 0.2])
+def test_a_strict_grid_reaches_as_far_as_weights_will_grow(
+    bits: str, lr: float, steps: int, init_gain: float | None
+) -> None:
+    recipe = recipe_for("strict", bits, init_gain=init_gain)
+    headroom = headroom_rule(recipe, lr, steps, 128, 0.02)
+    linear = nn.Linear(128, 600, bias=False)
+    nn.init.normal_(linear.weight, std=0.02 if init_gain is None else init_gain / 128**0.5)
+    quantize_(linear, bits, headroom=headroom)
+    weight: Any = linear.weight
+    reach = float(weight.scale) * FORMATS[bits].half_range
+    assert reach == pytest.approx(STRICT_REACH * lr * steps**0.5, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "headroom"),
+    [
+        (recipe_for("strict", 8), 1.0),  # a short run at a low rate
+        (recipe_for("strict", "ternary"), 1.0),
+        (recipe_for("residual", 4), 1.0),
+        (recipe_for("strict", 8, scale_rule="absmax"), 2.0),
+        (recipe_for("strict", 8, optimizer="sgd"), 2.0),
+        (recipe_for("strict", 8, trained=True), 1.0),
+        (recipe_for("residual", 4, headroom=1.5), 1.5),
+    ],
+)
+def test_other_grids_are_their_recipe_s(recipe: Recipe, headroom: float) -> None:
+    assert headroom_rule(recipe, 1e-3, 100, 128, 0.02) == headroom

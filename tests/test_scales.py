@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from dqt.errors import ConfigError
-from dqt.numerics.formats import FORMATS, Format, parse_bits
+from dqt.numerics.formats import FORMATS, GAUSSIAN_STEP, Format, parse_bits
 from dqt.numerics.scales import (
-    GAUSSIAN_STEP,
     SCALE_RULES,
     compute_scale,
     default_scale_rule,

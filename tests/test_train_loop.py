@@ -204,6 +204,26 @@ def test_a_failed_run_says_so_and_can_go_on(tmp_path: Path, monkeypatch: pytest.
     assert run_micro(tmp_path, resume="auto").state == "finished"
 
 
+def test_a_run_that_is_made_longer_keeps_its_grid(tmp_path: Path) -> None:
+    """Of a longer run from the start the grid would reach further; this one has its scales already."""
+    settings = {"quant__bits": "8", "optim__lr": 0.05}
+    run_micro(tmp_path, train__steps=4, **settings)
+    config = tmp_path / "run" / "config.toml"
+    headroom = Config.from_toml(config).quant.headroom
+    assert headroom > 1.5
+    assert run_micro(tmp_path, resume="auto", train__steps=9, **settings).steps == 9
+    assert Config.from_toml(config).quant.headroom == headroom
+    run_micro(tmp_path, train__steps=9, train__out=str(tmp_path / "longer"), **settings)
+    assert Config.from_toml(tmp_path / "longer" / "config.toml").quant.headroom > headroom
+    with pytest.raises(ConfigError, match=r"quant.headroom: .*, now 9.0"):
+        run_micro(tmp_path, resume="auto", train__steps=10, quant__headroom=9.0, **settings)
+
+
+def test_a_rule_that_names_nothing_is_a_slip(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"match no module of this model: \*\.up_poj;"):
+        run_micro(tmp_path, quant__bits="4", quant__rules={"*.up_poj": "8", "*.up_proj": "8"})
+
+
 def test_out_of_memory_says_what_the_run_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: Trainer, telemetry: bool) -> dict[str, Any]:
         torch.empty(2**60, dtype=torch.uint8)

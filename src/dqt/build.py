@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from dqt.baselines import bitnet_
+from dqt.errors import ConfigError
 from dqt.optim import SGD, Adafactor, AdamW, PaperAdafactor, PaperAdamW
 from dqt.optim.base import QuantizedOptimizer
 from dqt.quantize import quantize_
@@ -42,7 +44,7 @@ def prepare_model_(
         What was converted and what was left.
 
     Raises:
-        ConfigError: If the method can't follow a rule.
+        ConfigError: If the method can't follow a rule, or the model has nothing that a rule names.
     """
     refuse_rules(recipe, rules or {})
     if recipe.method == "bitnet":
@@ -55,18 +57,26 @@ def prepare_model_(
     if not recipe.quantized:
         return QuantizeReport()
     assert recipe.bits is not None
-    return quantize_(
-        model,
-        recipe.bits,
-        {"*": recipe.bits, **(rules or {})} if recipe.method == "paper" else rules,
-        scale_rule=recipe.scale_rule,
-        headroom=recipe.headroom,
-        per_row=recipe.per_row,
-        products=recipe.products,
-        materialize=materialize,
-        calibrate=calibrate,
-        keep_remainder=keep_remainder and recipe.residual_bits > 0,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "quantize_: rules that matched no module")  # is an error here
+        report = quantize_(
+            model,
+            recipe.bits,
+            {"*": recipe.bits, **(rules or {})} if recipe.method == "paper" else rules,
+            scale_rule=recipe.scale_rule,
+            headroom=recipe.headroom,
+            per_row=recipe.per_row,
+            products=recipe.products,
+            materialize=materialize,
+            calibrate=calibrate,
+            keep_remainder=keep_remainder and recipe.residual_bits > 0,
+        )
+    if report.unmatched_rules:
+        raise ConfigError(
+            f"rules that match no module of this model: {', '.join(report.unmatched_rules)}; dqt inspect "
+            "shows the names of a run's weights"
+        )
+    return report
 
 
 def build_optimizer(

@@ -68,12 +68,15 @@ PRESETS: dict[str, Preset] = {
 
 ARCHITECTURES = ("llama", "bitnet")
 
+INITIALIZER_RANGE = 0.02
+"""Standard deviation of first weights, as `transformers` has it."""
+
 # What a preset leaves open and an override may set. The tokenizers of `dqt.data` give `<|endoftext|>` id 0.
 _DEFAULTS: dict[str, Any] = {
     "num_key_value_heads": None,
     "rope_theta": 10_000.0,
     "rms_norm_eps": 1e-5,
-    "initializer_range": 0.02,
+    "initializer_range": INITIALIZER_RANGE,
     "bos_token_id": 0,
     "eos_token_id": 0,
 }

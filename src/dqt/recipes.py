@@ -13,16 +13,17 @@ residual). Each default below stands with the measurement that chose it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from dqt.choices import FLOAT_RESIDUAL, GATED_ROUNDINGS, PRODUCTS, TRAINED_PRODUCTS, Products
 from dqt.errors import ConfigError, did_you_mean
-from dqt.numerics.formats import Format, parse_bits
+from dqt.numerics.formats import GAUSSIAN_STEP, Format, parse_bits
 from dqt.recipe import FLOAT_METHODS, METHODS, Recipe, refuse_unread
 
-__all__ = ["METHODS", "Recipe", "lr_rule", "recipe_for"]
+__all__ = ["METHODS", "Recipe", "headroom_rule", "lr_rule", "recipe_for"]
 
 
 def recipe_for(
@@ -109,12 +110,8 @@ _LOW_BIT_INIT_GAIN = 1.5
 
 
 def _strict(fmt: Format) -> dict[str, Any]:
-    # From 4 bits on weights have room to grow on a grid coarser than the least-error one, at the price of its
-    # rounding noise: its variance grows with the grid step, and its price with the run. 8 bits against FP32,
-    # two seeds (micro, 1.5M tokens, lr 2.5e-3): headroom 3 +0.029, +0.026 nats; 2 +0.006, +0.016; 1.5 +0.004
-    # (one seed). Micro with 4 layers, 2.5M tokens, seed 0, FP32 1.982: gain 0.226 (which is 0.02 for most),
-    # headroom 2 1.972; gain 0.5, headroom 1, about the same step, 2.003; gain 1 2.022 with headroom 1 and
-    # 2.062 with 2, 4.4 times the step.
+    # From 4 bits on weights start at transformers' 0.02 and grow, on a grid that reaches as far: with AdamW
+    # `headroom_rule` says how far that is.
     wide = fmt.bits >= 4
     return {
         "init_gain": None if wide else _LOW_BIT_INIT_GAIN,
@@ -232,6 +229,19 @@ LR_WIDTH = 128
 LR_WIDTH_EXPONENT = 0.5
 """How rates fall with the width: as the grid step of a weight that starts at gain / sqrt(width). A guess."""
 
+STRICT_REACH = 1.275
+"""How far a strict grid of 4 and more bits reaches, in units of lr * sqrt(steps): as far as weights grow.
+
+Adam moves a weight by about its learning rate at a time. FP32 weights without decay end at a root mean square
+of 0.60 (width 128, rate 2.5e-3) and 0.57 (width 64, 7.1e-3) times lr * sqrt(steps), 1 % of them beyond 1.6
+times: the 0.02 that they start from is forgotten (micro with 4 layers, 2.5M tokens). 8 bits against FP32 by
+the reach in these units, one seed where no interval stands:
+  width 64   0.45 +0.044 nats, 0.91 +0.009, 1.82 +0.000
+  width 128  1.27 +0.006 ± 0.009 (five seeds; seeds 0 and 1 +0.017, +0.002), 1.91 +0.022, +0.006, 2.55 +0.004
+Before, with stochastic rounding: width 128 and longer first weights 2.8 +0.040, 5.6 +0.080; micro with 2
+layers, 1.5M tokens, two seeds: 1.2 +0.004 (one), 1.6 +0.006 and +0.016, 2.4 +0.029 and +0.026.
+"""
+
 _SGD_FACTOR, _ADAFACTOR_RATE = 100.0, 1e-2  # guesses, but for Adafactor's, which is the published cap
 
 
@@ -246,3 +256,25 @@ def lr_rule(recipe: Recipe, width: int) -> float:
     rate = LEARNING_RATES.get(f"{recipe.method} {recipe.bits}", LEARNING_RATES[recipe.method])
     rate *= _SGD_FACTOR if recipe.optimizer == "sgd" else 1.0
     return rate * (LR_WIDTH / width) ** LR_WIDTH_EXPONENT
+
+
+def headroom_rule(recipe: Recipe, lr: float, steps: int, width: int, initializer_range: float) -> float:
+    """The default headroom of a recipe in a run from new weights; the recipe's own where there is no rule.
+
+    Strict grids of 4 and more bits reach as far as weights will grow, `STRICT_REACH` * lr * sqrt(steps), and
+    no less far than first weights ask for.
+
+    Args:
+        recipe: Strict, or any.
+        lr: Peak learning rate.
+        steps: Of the run.
+        width: Inputs of most linear layers.
+        initializer_range: Standard deviation of first weights where the recipe has no gain.
+    """
+    fmt = None if recipe.bits is None else parse_bits(recipe.bits)
+    wide = fmt is not None and fmt.bits >= 4 and recipe.scale_rule in (None, "gaussian")
+    if fmt is None or not wide or recipe.method != "strict" or recipe.optimizer != "adamw":
+        return recipe.headroom
+    spread = initializer_range if recipe.init_gain is None else recipe.init_gain / math.sqrt(width)
+    first_reach = fmt.half_range * GAUSSIAN_STEP[fmt.name] * spread
+    return round(max(1.0, STRICT_REACH * lr * math.sqrt(steps) / first_reach), 3)

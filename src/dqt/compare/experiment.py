@@ -54,7 +54,8 @@ class ArmResult:
 
     Attributes:
         arm: The arm.
-        config: Of its runs, but for seed and learning rate.
+        asked: What the suite and the user say of its config; the rest follows, from the learning rate too.
+        config: Of its runs, but for seed, and for learning rate and what follows from it.
         rate: Its learning rate; None while it is not known.
         tuning: Learning rate to outcome of the runs that found it; empty if it was not tuned.
         runs: Seed to the final runs.
@@ -62,6 +63,7 @@ class ArmResult:
     """
 
     arm: Arm
+    asked: Config
     config: Config
     rate: float | None = None
     tuning: dict[float, Run] = field(default_factory=dict)
@@ -219,13 +221,12 @@ class Experiment:
     # -- configs ---------------------------------------------------------------------------------------------
 
     def _result(self, arm: Arm) -> ArmResult:
-        if arm.ternary_inference_of is not None:
-            of = next(each for each in self.suite.arms if each.name == arm.ternary_inference_of)
-            return ArmResult(arm, self._config(of))
-        return ArmResult(arm, self._config(arm))
+        names = {each.name: each for each in self.suite.arms}
+        asked = self._asked(names[arm.ternary_inference_of or arm.name])
+        return ArmResult(arm, asked, resolved(asked))
 
-    def _config(self, arm: Arm) -> Config:
-        """The arm's resolved config."""
+    def _asked(self, arm: Arm) -> Config:
+        """The arm's config before anything else is filled in."""
         values = {**self.suite.settings, **arm.settings, **self.settings, **ALWAYS}
         try:
             config = Config().override(values)
@@ -234,20 +235,14 @@ class Experiment:
                     "comparisons train new models: leave model.start_from out, and compare runs of dqt train "
                     "--from by their reports"
                 )
-            resolved = resolve(config)
-            model = resolved.model
+            model = resolve(config).model
             build_config(required(model.preset), required(model.arch), overrides=model.overrides)
         except ConfigError as error:
             raise ConfigError(f"arm {arm.name!r}: {error}") from error
-        steps = required(resolved.train.steps)
-        warmup = config.optim.warmup_steps
-        if warmup is None:
-            warmup = min(required(resolved.optim.warmup_steps), steps // 10)
-        every = config.train.eval_every or steps
-        return resolved.override({"optim.warmup_steps": warmup, "train.eval_every": every})
+        return config
 
-    def _shortened(self, result: ArmResult) -> Config:
-        """The config of the runs that find the learning rate."""
+    def _shortened(self, result: ArmResult, rate: float | None = None) -> Config:
+        """The config of the runs that find the learning rate; None is the recipe's."""
         config = result.config
         full, warmup = required(config.train.steps), required(config.optim.warmup_steps)
         steps = min(full, result.arm.tuning_steps or max(1, full // TUNING_SHARE))
@@ -257,9 +252,10 @@ class Experiment:
             "train.checkpoint_every": steps,
             "train.log_every": max(1, steps // 500),
             "train.seed": TUNING_SEED,
+            "optim.lr": rate,
             "optim.warmup_steps": min(warmup, steps // 2),
         }
-        return config.override(values)
+        return resolved(result.asked.override(values))
 
     def _place(self, config: Config, title: str) -> Run:
         run = place(config, self.folder / "runs", self.corpora[config.data].hash)
@@ -274,7 +270,7 @@ class Experiment:
         while True:
             for result in self.trained:
                 for rate in self._wanted(result, most):
-                    config = self._shortened(result).override({"optim.lr": rate})
+                    config = self._shortened(result, rate)
                     result.tuning[rate] = self._place(config, f"{result.arm.name}, lr {rate:.3g}, tuning")
             runs = [
                 run
@@ -315,7 +311,7 @@ class Experiment:
         """Seed to the arm's final run at a learning rate."""
         runs = {}
         for seed in self.seeds:
-            config = result.config.override({"optim.lr": rate, "train.seed": seed})
+            config = resolved(result.asked.override({"optim.lr": rate, "train.seed": seed}))
             runs[seed] = self._place(config, f"{result.arm.name}, lr {rate:.3g}, seed {seed}")
         return runs
 
@@ -332,6 +328,17 @@ class Experiment:
                 except (DqtError, OSError) as error:
                     outcome = Outcome(FAILED, outcome.step, str(error).replace("\n", " "))
             result.runs[seed], result.outcomes[seed] = run, outcome
+
+
+def resolved(asked: Config) -> Config:
+    """A config with everything filled in, for a run of a comparison: one evaluation, a short warm-up."""
+    config = resolve(asked)
+    steps = required(config.train.steps)
+    warmup = asked.optim.warmup_steps
+    if warmup is None:
+        warmup = min(required(config.optim.warmup_steps), steps // 10)
+    every = asked.train.eval_every or steps
+    return config.override({"optim.warmup_steps": warmup, "train.eval_every": every})
 
 
 def ternary_loss(run: Run, corpus: Corpus) -> dict[str, float]:

@@ -215,7 +215,7 @@ def _why() -> Suite:
             "+ float embeddings and head": paper(bits, quant__rules=ends),
             "+ our grid and start": paper(bits, quant__rules=ends, **start),
             "+ frozen scale": paper(bits, quant__rules=ends, quant__frozen_scale=True, **start),
-            "+ our update: strict": {**strict(bits), **NOT_COOLED},
+            "+ our update: strict": {**strict(bits, **({} if narrow else start)), **NOT_COOLED},
             "+ 8-bit residual": residual(
                 bits, optim__betas=[0.9, 0.95], optim__second_moment="full", **(start if not narrow else {})
             ),

@@ -62,6 +62,22 @@ FORMATS: dict[str, Format] = {
 }
 
 
+# Step / sigma that minimizes the mean square error of rounding a Gaussian to a symmetric grid of n bits (Max,
+# 1960). On the two's complement grid its error is within 0.7 % of the least one, at 2 bits, and nearer above:
+# see `tests/test_scales.py`. Ternary and binary have it too, for who asks for `gaussian` there.
+GAUSSIAN_STEP = {
+    "1": 1.596,
+    "ternary": 1.224,
+    "2": 0.996,
+    "3": 0.586,
+    "4": 0.335,
+    "5": 0.188,
+    "6": 0.104,
+    "7": 0.057,
+    "8": 0.031,
+}
+
+
 def parse_bits(bits: str | int | Format) -> Format:
     """Returns the format that `bits` names.
 

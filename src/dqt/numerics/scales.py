@@ -23,22 +23,7 @@ import torch
 from torch import Tensor
 
 from dqt.errors import ConfigError, did_you_mean
-from dqt.numerics.formats import Format
-
-# Step / sigma that minimizes the mean square error of rounding a Gaussian to a symmetric grid of n bits (Max,
-# 1960). On the two's complement grid its error is within 0.7 % of the least one, at 2 bits, and nearer above:
-# see `tests/test_scales.py`. Ternary and binary have it too, for who asks for `gaussian` there.
-GAUSSIAN_STEP = {
-    "1": 1.596,
-    "ternary": 1.224,
-    "2": 0.996,
-    "3": 0.586,
-    "4": 0.335,
-    "5": 0.188,
-    "6": 0.104,
-    "7": 0.057,
-    "8": 0.031,
-}
+from dqt.numerics.formats import GAUSSIAN_STEP, Format
 
 
 def _gaussian(weight: Tensor, fmt: Format) -> Tensor:

@@ -24,8 +24,9 @@ import tomli_w
 from dqt.choices import PRODUCTS
 from dqt.data.spec import DataSpec
 from dqt.errors import ConfigError, did_you_mean
+from dqt.models import INITIALIZER_RANGE
 from dqt.recipe import refuse_rules
-from dqt.recipes import Recipe, lr_rule, recipe_for
+from dqt.recipes import Recipe, headroom_rule, lr_rule, recipe_for
 from dqt.train.given import given
 from dqt.train.guard import SKIP
 from dqt.train.section import Section
@@ -207,7 +208,11 @@ def resolve(config: Config) -> Config:
     steps = config.train.steps or known.training.steps
     quant = {name: getattr(recipe, name) for name in ("method", "bits", *_QUANT_TO_RECIPE)}
     optim = {name: getattr(recipe, name) for name in _OPTIM_TO_RECIPE}
-    optim |= {"name": recipe.optimizer, "lr": recipe.lr or lr_rule(recipe, required(known.model.hidden_size))}
+    width = required(known.model.hidden_size)
+    lr = recipe.lr or lr_rule(recipe, width)
+    optim |= {"name": recipe.optimizer, "lr": lr}
+    first = known.model.initializer_range or INITIALIZER_RANGE
+    quant["headroom"] = headroom_rule(recipe, lr, steps, width, first)
     if optim["warmup_steps"] is None:
         optim["warmup_steps"] = steps // 10
     if config.train.gradient_release:  # there is no global norm to clip

@@ -61,6 +61,7 @@ def train(
     if resume and overwrite:
         raise ConfigError("--resume goes on with a run and --overwrite deletes it: choose one")
     console = Console(stream)
+    grid_follows = config.quant.headroom is None
     config = resolve(config)
     directory = _choose_directory(config, resume)
     directory.require_usable(_goes_on_in(directory, resume), overwrite)
@@ -75,7 +76,7 @@ def train(
     if config.train.compile:
         require_compiler()
     with StopRequest() as stop, directory.claimed():
-        return _train(config, directory, console, stop, resume, cache_dir)
+        return _train(config, directory, console, stop, resume, cache_dir, grid_follows)
 
 
 def _train(
@@ -85,8 +86,9 @@ def _train(
     stop: StopRequest,
     resume: str | None,
     cache_dir: str | Path | None,
+    grid_follows: bool,
 ) -> TrainResult:
-    """Trains in a directory that is held."""
+    """Trains in a directory that is held; `grid_follows` says that a checkpoint's headroom is the default."""
     for line in (*storage.sweep(directory.path), *sweep(directory.checkpoints)):
         console.say(line)
     found = resuming.find(resume, directory.checkpoints, console.say) if resume else None
@@ -99,6 +101,8 @@ def _train(
     corpus = prepare_corpus(config.data, cache_dir, console.say, tokenizer)
     corpus.require_length(required(config.train.seq_len))
     if found:
+        if grid_follows:  # of a run that is made longer it would be another one
+            config = config.override({"quant.headroom": found.state["config"]["quant"].get("headroom")})
         for change in resuming.require_same_run(found, config, corpus.hash):
             console.say(f"changed since the checkpoint: {change}")
         if found.state["step"] >= required(config.train.steps):
