@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dqt.errors import ConfigError
-from dqt.train.schedule import SCHEDULES, lr_factor
+from dqt.train.schedule import SCHEDULES, lr_factor, root_of_squares
 
 CORNERS = [  # kind, step, total, warmup, final, factor
     ("cosine", 1, 100, 10, 0.0, 0.1),
@@ -42,3 +42,11 @@ def test_rises_then_never_rises_again(kind: str) -> None:
 def test_unknown_schedule_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean 'cosine'"):
         lr_factor(1, 10, kind="cosin")
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("total", [1, 7, 1000, 4321])
+def test_the_root_of_squares_is_that_of_all_steps(kind: str, total: int) -> None:
+    shape = total // 10, kind, 0.1, 0.3
+    squares = [lr_factor(step, total, *shape) ** 2 for step in range(1, total + 1)]
+    assert root_of_squares(total, *shape) == pytest.approx(sum(squares) ** 0.5, rel=2e-3)

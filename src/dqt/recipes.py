@@ -229,17 +229,17 @@ LR_WIDTH = 128
 LR_WIDTH_EXPONENT = 0.5
 """How rates fall with the width: as the grid step of a weight that starts at gain / sqrt(width). A guess."""
 
-STRICT_REACH = 1.275
-"""How far a strict grid of 4 and more bits reaches, in units of lr * sqrt(steps): as far as weights grow.
+STRICT_REACH = 2.1
+"""How far a strict grid of 4 and more bits reaches, in units of the weights' root mean square at the end.
 
-Adam moves a weight by about its learning rate at a time. FP32 weights without decay end at a root mean square
-of 0.60 (width 128, rate 2.5e-3) and 0.57 (width 64, 7.1e-3) times lr * sqrt(steps), 1 % of them beyond 1.6
-times: the 0.02 that they start from is forgotten (micro with 4 layers, 2.5M tokens). 8 bits against FP32 by
-the reach in these units, one seed where no interval stands:
-  width 64   0.45 +0.044 nats, 0.91 +0.009, 1.82 +0.000
-  width 128  1.27 +0.006 ± 0.009 (five seeds; seeds 0 and 1 +0.017, +0.002), 1.91 +0.022, +0.006, 2.55 +0.004
-Before, with stochastic rounding: width 128 and longer first weights 2.8 +0.040, 5.6 +0.080; micro with 2
-layers, 1.5M tokens, two seeds: 1.2 +0.004 (one), 1.6 +0.006 and +0.016, 2.4 +0.029 and +0.026.
+Adam moves a weight by about the learning rate at a time, and without decay that is a random walk: FP32
+weights end at a root mean square of 0.98 (width 128, rate 2.5e-3) and 0.94 (width 64, 7.1e-3) times sqrt(sum
+of lr^2), 1 % of them beyond 2.6 times; the 0.02 that they start from is forgotten (micro with 4 layers, 2.5M
+tokens). 8 bits against FP32 by the reach in these units, one seed where no interval stands:
+  width 64   0.74 +0.044 nats, 1.5 +0.009, 3.0 +0.000, 4.5 +0.000
+  width 128  2.1 +0.006 ± 0.009 (five seeds; seeds 0 and 1 +0.017, +0.002), 3.1 +0.022, +0.006, 4.2 +0.004
+Before, with stochastic rounding: width 128 and longer first weights 4.6 +0.040, 9.2 +0.080; micro with 2
+layers, 1.5M tokens, two seeds: 2.0 +0.004 (one), 2.7 +0.006 and +0.016, 4.0 +0.029 and +0.026.
 """
 
 _SGD_FACTOR, _ADAFACTOR_RATE = 100.0, 1e-2  # guesses, but for Adafactor's, which is the published cap
@@ -258,16 +258,15 @@ def lr_rule(recipe: Recipe, width: int) -> float:
     return rate * (LR_WIDTH / width) ** LR_WIDTH_EXPONENT
 
 
-def headroom_rule(recipe: Recipe, lr: float, steps: int, width: int, initializer_range: float) -> float:
+def headroom_rule(recipe: Recipe, walk: float, width: int, initializer_range: float) -> float:
     """The default headroom of a recipe in a run from new weights; the recipe's own where there is no rule.
 
-    Strict grids of 4 and more bits reach as far as weights will grow, `STRICT_REACH` * lr * sqrt(steps), and
-    no less far than first weights ask for.
+    Strict grids of 4 and more bits reach as far as weights will grow, `STRICT_REACH` * walk, and no less far
+    than first weights ask for.
 
     Args:
         recipe: Strict, or any.
-        lr: Peak learning rate.
-        steps: Of the run.
+        walk: Root of the sum of the squared learning rates of all steps.
         width: Inputs of most linear layers.
         initializer_range: Standard deviation of first weights where the recipe has no gain.
     """
@@ -277,4 +276,4 @@ def headroom_rule(recipe: Recipe, lr: float, steps: int, width: int, initializer
         return recipe.headroom
     spread = initializer_range if recipe.init_gain is None else recipe.init_gain / math.sqrt(width)
     first_reach = fmt.half_range * GAUSSIAN_STEP[fmt.name] * spread
-    return round(max(1.0, STRICT_REACH * lr * math.sqrt(steps) / first_reach), 3)
+    return round(max(1.0, STRICT_REACH * walk / first_reach), 3)

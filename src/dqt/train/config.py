@@ -29,6 +29,7 @@ from dqt.recipe import refuse_rules
 from dqt.recipes import Recipe, headroom_rule, lr_rule, recipe_for
 from dqt.train.given import given
 from dqt.train.guard import SKIP
+from dqt.train.schedule import root_of_squares
 from dqt.train.section import Section
 from dqt.train.sections import (
     SECTIONS,
@@ -211,10 +212,12 @@ def resolve(config: Config) -> Config:
     width = required(known.model.hidden_size)
     lr = recipe.lr or lr_rule(recipe, width)
     optim |= {"name": recipe.optimizer, "lr": lr}
-    first = known.model.initializer_range or INITIALIZER_RANGE
-    quant["headroom"] = headroom_rule(recipe, lr, steps, width, first)
     if optim["warmup_steps"] is None:
         optim["warmup_steps"] = steps // 10
+    ends = config.optim.final_lr_fraction, config.optim.decay_fraction
+    walk = lr * root_of_squares(steps, optim["warmup_steps"], recipe.schedule, *ends)
+    first = known.model.initializer_range or INITIALIZER_RANGE
+    quant["headroom"] = headroom_rule(recipe, walk, width, first)
     if config.train.gradient_release:  # there is no global norm to clip
         clips = recipe.method != "paper" and recipe.optimizer != "sgd"
         optim |= {"grad_clip": 0.0, "clip_update": RELEASED_CLIP_UPDATE if clips else recipe.clip_update}

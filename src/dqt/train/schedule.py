@@ -48,3 +48,17 @@ def lr_factor(
     progress = min(1.0, max(0, step - start) / max(1, total - start))
     shape = 0.5 * (1.0 + math.cos(math.pi * progress)) if kind == "cosine" else 1.0 - progress
     return final + (1.0 - final) * shape
+
+
+def root_of_squares(
+    total: int, warmup: int = 0, kind: str = "cosine", final: float = 0.0, decay_fraction: float = 0.2
+) -> float:
+    """Root of the sum over all steps of `lr_factor` squared, from a thousand of them if there are more.
+
+    Times the peak it is how far a weight gets that moves by the learning rate at a time, in directions of
+    its own: 0.61 sqrt(total) for `cosine`, 0.91 for `wsd`, with a tenth of warm-up.
+    """
+    count = min(total, 1000)
+    steps = (1 + round(i * (total - 1) / max(1, count - 1)) for i in range(count))
+    squares = (lr_factor(step, total, warmup, kind, final, decay_fraction) ** 2 for step in steps)
+    return math.sqrt(total * math.fsum(squares) / max(1, count))
