@@ -209,15 +209,16 @@ def resolve(config: Config) -> Config:
     steps = config.train.steps or known.training.steps
     quant = {name: getattr(recipe, name) for name in ("method", "bits", *_QUANT_TO_RECIPE)}
     optim = {name: getattr(recipe, name) for name in _OPTIM_TO_RECIPE}
-    width = required(known.model.hidden_size)
-    lr = recipe.lr or lr_rule(recipe, width)
+    lr = recipe.lr or lr_rule(recipe, required(known.model.hidden_size))
     optim |= {"name": recipe.optimizer, "lr": lr}
     if optim["warmup_steps"] is None:
         optim["warmup_steps"] = steps // 10
     ends = config.optim.final_lr_fraction, config.optim.decay_fraction
     walk = lr * root_of_squares(steps, optim["warmup_steps"], recipe.schedule, *ends)
-    first = known.model.initializer_range or INITIALIZER_RANGE
-    quant["headroom"] = headroom_rule(recipe, walk, width, first)
+    spread = known.model.initializer_range or INITIALIZER_RANGE
+    if recipe.init_gain is not None:
+        spread = recipe.init_gain / required(known.model.hidden_size) ** 0.5
+    quant["headroom"] = headroom_rule(recipe, walk, spread)
     if config.train.gradient_release:  # there is no global norm to clip
         clips = recipe.method != "paper" and recipe.optimizer != "sgd"
         optim |= {"grad_clip": 0.0, "clip_update": RELEASED_CLIP_UPDATE if clips else recipe.clip_update}
