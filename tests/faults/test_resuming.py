@@ -244,6 +244,24 @@ def test_keys_that_came_later_do_not_make_another_run(tmp_path: Path) -> None:
     assert resume.require_same_run(resume.Found(path, state), config, state["data_hash"]) == []
 
 
+def test_a_key_that_came_later_is_read_as_what_runs_did_without_it(tmp_path: Path) -> None:
+    """Strict ternary has moved only what is significant since there is a key for it."""
+    run_micro(tmp_path, quant__method="strict", quant__bits="ternary")
+    path = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    state = read_state(path)
+    config = resume.saved_config(tmp_path / "run")
+    assert resume.require_same_run(resume.Found(path, state), config, state["data_hash"]) == []
+    del state["config"]["optim"]["significance"]
+    with pytest.raises(ConfigError, match=r"optim.significance: 0.0, now 2.0"):
+        resume.require_same_run(resume.Found(path, state), config, state["data_hash"])
+    assert (
+        resume.require_same_run(
+            resume.Found(path, state), config.override({"optim.significance": 0.0}), state["data_hash"]
+        )
+        == []
+    )
+
+
 # -- row 19 --------------------------------------------------------------------------------------------------
 
 STEPS, KILLS = 2000, 50

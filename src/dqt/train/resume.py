@@ -46,6 +46,10 @@ _HARMLESS = {
 }
 
 
+_BEFORE_THE_KEY = {"significance": 0.0}
+"""What runs of [optim] did before there was a key, where today's default is another."""
+
+
 @dataclass(frozen=True)
 class Found:
     """A checkpoint to go on from.
@@ -157,8 +161,9 @@ def require_same_run(found: Found, config: Config, data_hash: str) -> list[str]:
 
 def _as_of_now(saved: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapping[str, Any]]:
     """A saved config with the keys that have come since, which leaves no key out that has gone."""
+    optim = {**_BEFORE_THE_KEY, **saved.get("optim", {})}
     try:
-        return resolve(Config.from_dict(saved)).to_dict()
+        return resolve(Config.from_dict({**saved, "optim": optim})).to_dict()
     except ConfigError:
         return saved
 
