@@ -223,10 +223,11 @@ FINE_TUNING_RATE = 5e-5
 """Of trained models, by any method and at any width, if their weights keep at least 3 bits."""
 
 LR_WIDTH = 128
-"""The width at which the learning rates were measured, and the only one."""
+"""The width at which the learning rates were measured."""
 
 LR_WIDTH_EXPONENT = 0.5
-"""How rates fall with the width: as the grid step of a weight that starts at gain / sqrt(width). A guess."""
+"""How rates fall with the width: as the grid step of a weight that starts at gain / sqrt(width). A guess, and
+at width 64 a bad one: the best rates are twice as high there (docs/results.md). Wider: not measured."""
 
 STRICT_REACH = 2.1
 """How far a strict grid of 7 and 8 bits reaches, in units of the weights' root mean square at the end.
