@@ -236,7 +236,7 @@ Adam moves a weight by about the learning rate at a time, and without decay that
 weights end at a root mean square of 0.98 (width 128, rate 2.5e-3) and 0.94 (width 64, 7.1e-3) times sqrt(sum
 of lr^2), 1 % of them beyond 2.6 times; the 0.02 that they start from is forgotten (micro with 4 layers, 2.5M
 tokens). 8 bits against FP32 by the reach in these units, one seed where no interval stands:
-  width 64   0.74 +0.044 nats, 1.5 +0.009, 3.0 +0.000, 4.5 +0.000
+  width 64   0.74 +0.044 nats, 1.5 +0.009, 2.1 +0.005, 3.0 +0.000, 4.5 +0.000
   width 128  2.1 +0.006 ± 0.009 (five seeds; seeds 0 and 1 +0.017, +0.002), 3.1 +0.022, +0.006, 4.2 +0.004
 Before, with stochastic rounding: width 128 and longer first weights 4.6 +0.040, 9.2 +0.080; micro with 2
 layers, 1.5M tokens, two seeds: 2.0 +0.004 (one), 2.7 +0.006 and +0.016, 4.0 +0.029 and +0.026.
