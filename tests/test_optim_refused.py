@@ -76,6 +76,22 @@ KEPT: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 ]
 
 
+def assert_refused_in_mid_run(
+    model: nn.Module, optimizer: AdamW, change: dict[str, Any], message: str, release: bool
+) -> None:
+    """The next step refuses what has become of the group, and changes nothing."""
+    if release:
+        GradientRelease(optimizer)
+    optimizer.param_groups[0].update(change)
+    before = copy.deepcopy(model)
+    loss = model(torch.ones(2, 10)).sum()
+    if not release:
+        loss.backward()
+    with pytest.raises(ConfigError, match=message):
+        loss.backward() if release else optimizer.step()
+    assert_equal_state(model, before)
+
+
 @pytest.mark.parametrize("release", [False, True])
 @pytest.mark.parametrize(("settings", "change", "message"), KEPT)
 def test_what_a_group_keeps_cannot_change_in_mid_run(
@@ -88,16 +104,7 @@ def test_what_a_group_keeps_cannot_change_in_mid_run(
     optimizer = AdamW(model.named_parameters(), lr=0.1, **settings)
     run(model, optimizer, range(1))
     optimizer.zero_grad()
-    if release:
-        GradientRelease(optimizer)
-    optimizer.param_groups[0].update(change)
-    before = copy.deepcopy(model)
-    loss = model(torch.ones(2, 10)).sum()
-    if not release:
-        loss.backward()
-    with pytest.raises(ConfigError, match=message):
-        loss.backward() if release else optimizer.step()
-    assert_equal_state(model, before)
+    assert_refused_in_mid_run(model, optimizer, change, message, release)
 
 
 def test_unnamed_parameters_are_refused_with_the_reason() -> None:
@@ -157,16 +164,7 @@ def test_settings_are_checked_in_mid_run_and_in_a_saved_state(
     state["param_groups"][0] |= change
     with pytest.raises(ConfigError, match=message):
         AdamW(model.named_parameters()).load_state_dict(state)
-    if release:
-        GradientRelease(optimizer)
-    optimizer.param_groups[0].update(change)
-    before = copy.deepcopy(model)
-    loss = model(torch.ones(2, 10)).sum()
-    if not release:
-        loss.backward()
-    with pytest.raises(ConfigError, match=message):
-        loss.backward() if release else optimizer.step()
-    assert_equal_state(model, before)
+    assert_refused_in_mid_run(model, optimizer, change, message, release)
 
 
 def test_a_state_of_a_version_without_an_option_loads() -> None:
