@@ -60,7 +60,8 @@ def test_trained_weights_are_fine_tuned_but_where_nothing_of_them_is_left(method
     recipe = recipe_for(method, bits, trained=True)
     assert (recipe.scale_rule, recipe.per_row, recipe.headroom) == ("trained", True, 1.0)
     assert recipe.products == Products(forward="float")
-    assert recipe.lr == (FINE_TUNING_RATE if FORMATS[bits].bits >= 3 else None)
+    expected = (FINE_TUNING_RATE, "cosine") if FORMATS[bits].bits >= 3 else (None, "wsd")
+    assert (recipe.lr, recipe.schedule) == expected
     assert recipe_for(method, bits, trained=True, products=Products()).products == Products()
 
 
@@ -73,7 +74,8 @@ def test_every_method_has_a_recipe_for_its_bits(method: str) -> None:
         recipe = recipe_for(method, bits)
         assert (recipe.method, recipe.bits) == (method, bits)
         assert recipe.quantized is (method in ("strict", "residual", "paper"))
-        assert (recipe.lr == 5e-4) if method == "paper" else (recipe.lr is None)
+        expected = (5e-4, "cosine") if method == "paper" else (None, "wsd")
+        assert (recipe.lr, recipe.schedule) == expected
         assert lr_rule(recipe, LR_WIDTH) > 0
         assert recipe == recipe_for(method, bits)
         assert dataclasses.replace(recipe, lr=0.1) == recipe_for(method, bits, lr=0.1)

@@ -79,7 +79,7 @@ class Recipe:
     lr: float | None = None
     optimizer: str = "adamw"
     warmup_steps: int | None = None
-    schedule: str = "cosine"
+    schedule: str = "wsd"
     grad_clip: float = 1.0
     clip_update: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)

@@ -105,7 +105,7 @@ FP32 = Arm("FP32", {"quant.method": "fp32"})
 BITNET = Arm("BitNet", {"quant.method": "bitnet"})
 
 
-NOT_COOLED: Settings = {"optim.significance": 0.0, "optim.schedule": "cosine", **FIRST_MOMENT}
+NOT_COOLED: Settings = {"optim.significance": 0.0, **FIRST_MOMENT}
 """Strict training in few bits without what its recipe has against the noise of rounding."""
 
 
@@ -209,21 +209,22 @@ def _why() -> Suite:
             if narrow
             else {"quant__scale_rule": "gaussian", "quant__headroom": 2.0, "model__initializer_range": 0.02}
         )
+        # At ternary the largest code is 1, so the paper's scale stays as it was.
+        frozen: Settings = {} if narrow else {"quant__frozen_scale": True}
         steps: dict[str, Settings] = {
             "paper": paper(bits),
             "+ float norms": paper(bits, quant__rules=norms),
             "+ float embeddings and head": paper(bits, quant__rules=ends),
             "+ our grid and start": paper(bits, quant__rules=ends, **start),
-            "+ frozen scale": paper(bits, quant__rules=ends, quant__frozen_scale=True, **start),
+            "+ frozen scale": paper(bits, quant__rules=ends, **start, **frozen),
+            "+ our schedule": paper(bits, quant__rules=ends, **start, **frozen, optim__schedule="wsd"),
             "+ our update: strict": {**strict(bits, **({} if narrow else start)), **NOT_COOLED},
             "+ 8-bit residual": residual(
                 bits, optim__betas=[0.9, 0.95], optim__second_moment="full", **(start if not narrow else {})
             ),
         }
         if narrow:
-            del steps[
-                "+ frozen scale"
-            ]  # at ternary the largest code is 1, so the paper's scale stays as it was
+            del steps["+ frozen scale"]
             steps["- first moment, factored second"] = residual(bits)
         before = None
         for title, settings in steps.items():

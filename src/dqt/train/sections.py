@@ -15,7 +15,7 @@ from dqt.models import ARCHITECTURES, PRESETS
 from dqt.numerics.formats import parse_bits
 from dqt.start import name_of
 from dqt.train.guard import IGNORE, ON_NONFINITE, ON_SPIKE, STOP
-from dqt.train.schedule import SCHEDULES
+from dqt.train.schedule import DECAY_FRACTION, SCHEDULES
 from dqt.train.section import Section
 
 LEAVE_FLOAT = "float"
@@ -210,7 +210,7 @@ class OptimConfig(Section):
     clip_update: float | None = None
     warmup_steps: int | None = None
     schedule: str | None = None
-    decay_fraction: float = 0.2
+    decay_fraction: float = DECAY_FRACTION
     final_lr_fraction: float = 0.0
 
     def _validate(self) -> None:
