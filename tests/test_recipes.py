@@ -365,6 +365,7 @@ def test_the_learning_rate_falls_with_the_root_of_the_width() -> None:
         recipe = recipe_for(method)
         assert lr_rule(recipe, 4 * LR_WIDTH) == pytest.approx(lr_rule(recipe, LR_WIDTH) / 2)
     assert lr_rule(recipe_for("residual"), LR_WIDTH) == 4e-3
+    assert lr_rule(recipe_for("residual", 4), LR_WIDTH) == 2.8e-3
     adafactor = recipe_for("strict", optimizer="adafactor")  # its rate is relative to the weight
     assert lr_rule(adafactor, 4 * LR_WIDTH) == lr_rule(adafactor, LR_WIDTH)
 

@@ -64,7 +64,11 @@ def lr_factor(
 
 
 def root_of_squares(
-    total: int, warmup: int = 0, kind: str = "cosine", final: float = 0.0, decay_fraction: float = DECAY_FRACTION
+    total: int,
+    warmup: int = 0,
+    kind: str = "cosine",
+    final: float = 0.0,
+    decay_fraction: float = DECAY_FRACTION,
 ) -> float:
     """Root of the sum over all steps of `lr_factor` squared, from a thousand of them if there are more.
 
