@@ -180,7 +180,7 @@ def _paper() -> Suite:
     return Suite(
         "paper",
         "the experiments of the paper in small",
-        {**MICRO, "model.arch": "bitnet"},
+        {**MICRO, "model.arch": "bitnet", "optim.schedule": "cosine"},  # the paper's recipe has it
         (
             FP32,
             BITNET,
