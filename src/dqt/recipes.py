@@ -99,8 +99,8 @@ def _of_environment(environment: str, settings: Mapping[str, Any]) -> dict[str, 
 # Standard deviation of first weights times the root of their inputs. Micro with 4 layers, one seed, BitNet at
 # 3e-3, 1.25M tokens: gain 1 2.386; 1.5 2.418; transformers' 0.02, a gain of 0.23 at this width, 2.462. FP32
 # keeps 0.02: at 2.5e-3 and 2.5M tokens, cosine, seed 1000 has 2.013 with gain 1 and 2.046 with 0.02, seed 0
-# 2.003 with gain 1 and 1.982 with 0.226. With wsd gain 1 looks better (1.25M tokens, seeds 1000 and 1001: 2.236
-# for 2.258, 2.229 for 2.244); five seeds of the whole length will tell.
+# 2.003 with gain 1 and 1.982 with 0.226. With wsd gain 1 looks better (1.25M tokens, seeds 1000 and 1001:
+# 2.236 for 2.258, 2.229 for 2.244); five seeds of the whole length will tell.
 _INIT_GAIN = 1.0
 
 # A ternary weight can't grow beyond its frozen scale, so it must start as long as float weights would become.
