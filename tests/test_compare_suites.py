@@ -58,6 +58,11 @@ def test_the_main_suite_is_as_large_as_its_claim_needs() -> None:
         assert sum(linear) >= 800_000
 
 
+def test_the_paper_is_compared_at_its_own_schedule() -> None:
+    results = Experiment(SUITES["paper"], Path()).results
+    assert {result.config.optim.schedule for result in results} == {"cosine"}
+
+
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shared by all suites, so that a run that two of them have in common is run once."""
