@@ -81,6 +81,22 @@ def test_every_method_has_a_recipe_for_its_bits(method: str) -> None:
         assert dataclasses.replace(recipe, lr=0.1) == recipe_for(method, bits, lr=0.1)
 
 
+FIRST_WEIGHTS = [
+    *((method, None, 1.0) for method in ("fp32", "bf16", "bitnet")),
+    *(("strict", bits, 1.5 if bits in ("1", "ternary", "2", "3") else 1.0) for bits in FORMATS),
+    *(("residual", bits, 1.5 if bits in ("1", "ternary", "2") else 1.0) for bits in FORMATS),
+    ("paper", "8", None),
+]
+
+
+@pytest.mark.parametrize(("method", "bits", "gain"), FIRST_WEIGHTS)
+def test_new_weights_are_as_long_as_their_inputs_ask_for(
+    method: str, bits: str | None, gain: float | None
+) -> None:
+    assert recipe_for(method, bits).init_gain == gain
+    assert recipe_for(method, bits, trained=True).init_gain is None
+
+
 COMPUTED = Products(compute_bits="ternary")
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": "strikt"}, "did you mean 'strict'"),
@@ -388,10 +404,10 @@ def test_a_strict_grid_reaches_as_far_as_weights_will_grow(bits: str, walk: floa
     [
         (recipe_for("strict", 8), 1.0),  # a short run at a low rate
         (recipe_for("strict", "ternary"), 1.0),
-        (recipe_for("strict", 4), 2.0),
+        (recipe_for("strict", 4), 1.0),
         (recipe_for("residual", 4), 1.0),
-        (recipe_for("strict", 8, scale_rule="absmax"), 2.0),
-        (recipe_for("strict", 8, optimizer="sgd"), 2.0),
+        (recipe_for("strict", 8, scale_rule="absmax"), 1.0),
+        (recipe_for("strict", 8, optimizer="sgd"), 1.0),
         (recipe_for("strict", 8, trained=True), 1.0),
         (recipe_for("residual", 4, headroom=1.5), 1.5),
     ],

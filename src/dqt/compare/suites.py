@@ -203,12 +203,13 @@ def _why() -> Suite:
     arms = [FP32, BITNET]
     for bits in ("ternary", "8"):
         narrow = bits == "ternary"
-        # Where our grid and our first weights come from: the recipes of the two widths.
-        start: Settings = (
-            {"quant__scale_rule": "absmean", "quant__init_gain": 1.5}
-            if narrow
-            else {"quant__scale_rule": "gaussian", "quant__headroom": 2.0, "model__initializer_range": 0.02}
-        )
+        # Our grid and first weights: those of the recipes of the two widths, and embeddings of transformers.
+        rule, gain = ("absmean", 1.5) if narrow else ("gaussian", 1.0)
+        start: Settings = {
+            "quant__scale_rule": rule,
+            "quant__init_gain": gain,
+            "model__initializer_range": 0.02,
+        }
         # At ternary the largest code is 1, so the paper's scale stays as it was.
         frozen: Settings = {} if narrow else {"quant__frozen_scale": True}
         steps: dict[str, Settings] = {
@@ -218,10 +219,8 @@ def _why() -> Suite:
             "+ our grid and start": paper(bits, quant__rules=ends, **start),
             "+ frozen scale": paper(bits, quant__rules=ends, **start, **frozen),
             "+ our schedule": paper(bits, quant__rules=ends, **start, **frozen, optim__schedule="wsd"),
-            "+ our update: strict": {**strict(bits, **({} if narrow else start)), **NOT_COOLED},
-            "+ 8-bit residual": residual(
-                bits, optim__betas=[0.9, 0.95], optim__second_moment="full", **(start if not narrow else {})
-            ),
+            "+ our update: strict": {**strict(bits), **NOT_COOLED},
+            "+ 8-bit residual": residual(bits, optim__betas=[0.9, 0.95], optim__second_moment="full"),
         }
         if narrow:
             del steps["+ frozen scale"]

@@ -31,7 +31,7 @@ def lr_factor(
     step: int,
     total: int,
     warmup: int = 0,
-    kind: str = "cosine",
+    kind: str = "wsd",
     final: float = 0.0,
     decay_fraction: float = DECAY_FRACTION,
 ) -> float:
@@ -66,7 +66,7 @@ def lr_factor(
 def root_of_squares(
     total: int,
     warmup: int = 0,
-    kind: str = "cosine",
+    kind: str = "wsd",
     final: float = 0.0,
     decay_fraction: float = DECAY_FRACTION,
 ) -> float:
