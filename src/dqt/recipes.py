@@ -234,15 +234,16 @@ LR_WIDTH_EXPONENT = 0.5
 at width 64 a bad one: the best rates are twice as high there (docs/results.md). Wider: not measured."""
 
 STRICT_REACH = 2.1
-"""How far a strict grid of 7 and 8 bits reaches, in units of the weights' root mean square at the end.
+"""How far a strict grid of 7 and 8 bits reaches, in units of sqrt(sum of lr^2), if first weights do not.
 
 Adam moves a weight by about the learning rate at a time, and without decay that is a random walk: FP32
-weights end at a root mean square of 0.98 (width 128, rate 2.5e-3) and 0.94 (width 64, 7.1e-3) times sqrt(sum
-of lr^2), 1 % of them beyond 2.6 times; the 0.02 that they start from is forgotten (micro with 4 layers, 2.5M
-tokens, cosine; after half of that with wsd 0.91 to 0.98). 8 bits against FP32 by the reach in these units,
+weights end at a root mean square of 0.9 to 1.0 times sqrt(s^2 + sum of lr^2), where s is that of first
+weights, 1 % of them beyond 2.6 times (micro with 4 layers, 2.5M tokens). 8 bits against FP32 by the reach,
 one seed where no interval stands:
-  width 64   0.74 +0.044 nats, 1.5 +0.009, 2.1 +0.005, 3.0 +0.000, 4.5 +0.000
-  width 128  2.1 +0.006 ± 0.009 (five seeds; seeds 0 and 1 +0.017, +0.002), 3.1 +0.022, +0.006, 4.2 +0.004
+  width 64   from 0.02   0.74 +0.044 nats, 1.5 +0.009, 2.1 +0.005, 3.0 +0.000, 4.5 +0.000
+  width 128  from 0.02   2.1 +0.006 ± 0.009 (five seeds; seeds 0 and 1 +0.017, +0.002), 3.1 +0.022, +0.006,
+                         4.2 +0.004
+  width 128  from 0.088  2.4 +0.013 ± 0.043 (five seeds), 3.5, as first weights ask, +0.009 ± 0.020 (five)
 Before, with stochastic rounding: width 128 and longer first weights 4.6 +0.040, 9.2 +0.080; micro with 2
 layers, 1.5M tokens, two seeds: 2.0 +0.004 (one), 2.7 +0.006 and +0.016, 4.0 +0.029 and +0.026.
 A 7-bit grid of this reach has the step of an 8-bit one of twice as much. Of 4 bits the step is sixteen times
