@@ -400,17 +400,17 @@ def test_a_strict_grid_reaches_as_far_as_weights_will_grow(bits: str, walk: floa
 
 
 @pytest.mark.parametrize(
-    ("recipe", "headroom"),
+    ("recipe", "walk", "headroom"),
     [
-        (recipe_for("strict", 8), 1.0),  # a short run at a low rate
-        (recipe_for("strict", "ternary"), 1.0),
-        (recipe_for("strict", 4), 1.0),
-        (recipe_for("residual", 4), 1.0),
-        (recipe_for("strict", 8, scale_rule="absmax"), 1.0),
-        (recipe_for("strict", 8, optimizer="sgd"), 1.0),
-        (recipe_for("strict", 8, trained=True), 1.0),
-        (recipe_for("residual", 4, headroom=1.5), 1.5),
+        (recipe_for("strict", 8), 0.01, 1.0),  # a short run at a low rate
+        (recipe_for("strict", "ternary"), 0.3, 1.0),
+        (recipe_for("strict", 4), 0.3, 1.0),
+        (recipe_for("residual", 4), 0.3, 1.0),
+        (recipe_for("strict", 8, scale_rule="absmax"), 0.3, 1.0),
+        (recipe_for("strict", 8, optimizer="sgd"), 0.3, 1.0),
+        (recipe_for("strict", 8, trained=True), 0.3, 1.0),
+        (recipe_for("residual", 4, headroom=1.5), 0.3, 1.5),
     ],
 )
-def test_other_grids_are_their_recipe_s(recipe: Recipe, headroom: float) -> None:
-    assert headroom_rule(recipe, 0.01, 0.02) == headroom
+def test_other_grids_are_their_recipe_s(recipe: Recipe, walk: float, headroom: float) -> None:
+    assert headroom_rule(recipe, walk, 0.02) == headroom

@@ -243,7 +243,7 @@ one seed where no interval stands:
   width 64   from 0.02   0.74 +0.044 nats, 1.5 +0.009, 2.1 +0.005, 3.0 +0.000, 4.5 +0.000
   width 128  from 0.02   2.1 +0.006 ± 0.009 (five seeds; seeds 0 and 1 +0.017, +0.002), 3.1 +0.022, +0.006,
                          4.2 +0.004
-  width 128  from 0.088  2.4 +0.013 ± 0.043 (five seeds), 3.5, as first weights ask, +0.009 ± 0.020 (five)
+  width 128  from 0.088  2.4 +0.013 ± 0.043 (five seeds), 3.5, as first weights ask, +0.010 ± 0.020 (five)
 Before, with stochastic rounding: width 128 and longer first weights 4.6 +0.040, 9.2 +0.080; micro with 2
 layers, 1.5M tokens, two seeds: 2.0 +0.004 (one), 2.7 +0.006 and +0.016, 4.0 +0.029 and +0.026.
 A 7-bit grid of this reach has the step of an 8-bit one of twice as much. Of 4 bits the step is sixteen times
