@@ -16,14 +16,11 @@ from dqt.errors import ConfigError
 from dqt.numerics.formats import FORMATS
 from dqt.numerics.scales import default_scale_rule
 from dqt.optim import SGD, Adafactor, AdamW, PaperAdafactor, PaperAdamW
-from dqt.quantize import quantize_
 from dqt.recipes import (
     FINE_TUNING_RATE,
     LR_WIDTH,
     METHODS,
-    STRICT_REACH,
     Recipe,
-    headroom_rule,
     lr_rule,
     recipe_for,
 )
@@ -79,22 +76,6 @@ def test_every_method_has_a_recipe_for_its_bits(method: str) -> None:
         assert lr_rule(recipe, LR_WIDTH) > 0
         assert recipe == recipe_for(method, bits)
         assert dataclasses.replace(recipe, lr=0.1) == recipe_for(method, bits, lr=0.1)
-
-
-FIRST_WEIGHTS = [
-    *((method, None, 1.0) for method in ("fp32", "bf16", "bitnet")),
-    *(("strict", bits, 1.5 if bits in ("1", "ternary", "2", "3") else 1.0) for bits in FORMATS),
-    *(("residual", bits, 1.5 if bits in ("1", "ternary", "2") else 1.0) for bits in FORMATS),
-    ("paper", "8", None),
-]
-
-
-@pytest.mark.parametrize(("method", "bits", "gain"), FIRST_WEIGHTS)
-def test_new_weights_are_as_long_as_their_inputs_ask_for(
-    method: str, bits: str | None, gain: float | None
-) -> None:
-    assert recipe_for(method, bits).init_gain == gain
-    assert recipe_for(method, bits, trained=True).init_gain is None
 
 
 COMPUTED = Products(compute_bits="ternary")
@@ -374,43 +355,3 @@ def test_optimizers(
         group["lr"] = 0.1
     optimizer.step()
     assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_the_learning_rate_falls_with_the_root_of_the_width() -> None:
-    for method in ("residual", "strict", "fp32", "bitnet"):
-        recipe = recipe_for(method)
-        assert lr_rule(recipe, 4 * LR_WIDTH) == pytest.approx(lr_rule(recipe, LR_WIDTH) / 2)
-    assert lr_rule(recipe_for("residual"), LR_WIDTH) == 4e-3
-    assert lr_rule(recipe_for("residual", 4), LR_WIDTH) == 2.8e-3
-    adafactor = recipe_for("strict", optimizer="adafactor")  # its rate is relative to the weight
-    assert lr_rule(adafactor, 4 * LR_WIDTH) == lr_rule(adafactor, LR_WIDTH)
-
-
-@pytest.mark.parametrize("bits", ["7", "8"])
-@pytest.mark.parametrize("walk", [0.075, 0.3])
-@pytest.mark.parametrize("spread", [0.02, 0.01])
-def test_a_strict_grid_reaches_as_far_as_weights_will_grow(bits: str, walk: float, spread: float) -> None:
-    recipe = recipe_for("strict", bits)
-    linear = nn.Linear(128, 600, bias=False)
-    nn.init.normal_(linear.weight, std=spread)
-    quantize_(linear, bits, headroom=headroom_rule(recipe, walk, spread))
-    weight: Any = linear.weight
-    reach = float(weight.scale) * FORMATS[bits].half_range
-    assert reach == pytest.approx(STRICT_REACH * walk, rel=0.02)
-
-
-@pytest.mark.parametrize(
-    ("recipe", "walk", "headroom"),
-    [
-        (recipe_for("strict", 8), 0.01, 1.0),  # a short run at a low rate
-        (recipe_for("strict", "ternary"), 0.3, 1.0),
-        (recipe_for("strict", 4), 0.3, 1.0),
-        (recipe_for("residual", 4), 0.3, 1.0),
-        (recipe_for("strict", 8, scale_rule="absmax"), 0.3, 1.0),
-        (recipe_for("strict", 8, optimizer="sgd"), 0.3, 1.0),
-        (recipe_for("strict", 8, trained=True), 0.3, 1.0),
-        (recipe_for("residual", 4, headroom=1.5), 0.3, 1.5),
-    ],
-)
-def test_other_grids_are_their_recipe_s(recipe: Recipe, walk: float, headroom: float) -> None:
-    assert headroom_rule(recipe, walk, 0.02) == headroom
