@@ -27,10 +27,10 @@ def test_new_weights_are_as_long_as_their_inputs_ask_for(
     assert recipe_for(method, bits, trained=True).init_gain is None
 
 
-def test_the_learning_rate_falls_with_the_root_of_the_width() -> None:
+def test_the_learning_rate_falls_as_the_width_grows() -> None:
     for method in ("residual", "strict", "fp32", "bitnet"):
         recipe = recipe_for(method)
-        assert lr_rule(recipe, 4 * LR_WIDTH) == pytest.approx(lr_rule(recipe, LR_WIDTH) / 2)
+        assert lr_rule(recipe, 4 * LR_WIDTH) == pytest.approx(lr_rule(recipe, LR_WIDTH) / 4)
     assert lr_rule(recipe_for("residual"), LR_WIDTH) == 4e-3
     assert lr_rule(recipe_for("residual", 4), LR_WIDTH) == 2.8e-3
     adafactor = recipe_for("strict", optimizer="adafactor")  # its rate is relative to the weight
