@@ -119,7 +119,8 @@ def _over_steps(content: Content, figure: Any, key: str, label: str, log: bool =
     for (name, (steps, values)), color in zip(series.items(), colors, strict=True):
         axes.plot(steps, smooth(values, max(1, len(steps) // 20)), color=color, linewidth=1, label=name)
     if log:
-        axes.set_yscale("log")
+        if any(values.any() for _, values in series.values()):  # in a run of few steps no code may move
+            axes.set_yscale("log")
     else:
         late = [values[len(values) // 10 :] for _, values in series.values()]
         axes.set_ylim(
