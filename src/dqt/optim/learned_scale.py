@@ -6,8 +6,9 @@
 
 The step is relative to the scale, so that the weights' learning rate fits both. The network is given the
 scale's nearest float16 value, as always, so that export stays exact; the state keeps the float32 one, which
-small steps would otherwise never change. Frozen scales are the default: learned ones bought nothing in a
-prototype (see the design's section on scale rules), and a moving scale moves every weight with it.
+small steps would otherwise never change. Frozen scales are the default: a moving scale moves every weight
+with it, and ternary with a residual has 2.068 nats with a learned one (at 2.8e-3; 2e-3 2.077) and 2.016 with
+a frozen one (4e-3; micro with 4 layers, 2.5M tokens, seed 1000).
 """
 
 from __future__ import annotations
