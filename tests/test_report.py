@@ -201,8 +201,13 @@ def test_smoothing_keeps_lines_straight(span: int) -> None:
     assert smooth(np.array([]), span).size == 0
 
 
-def test_smoothing_averages() -> None:
-    np.testing.assert_allclose(smooth(np.array([0.0, 3.0, 0.0, 3.0, 0.0]), 3), [0, 1, 2, 1, 0])
+def test_smoothing_averages_and_ends_in_no_single_batch() -> None:
+    np.testing.assert_allclose(smooth(np.array([0.0, 3.0, 0.0, 3.0, 0.0]), 3), [0, 1, 2, 1, 1])
+
+
+def test_smoothing_invents_no_value() -> None:
+    falling = np.array([9.0, 8.0, 1.0, 1.0, 0.5, 0.0, 0.0])  # the line through the last five ends below zero
+    assert smooth(falling, 5).min() == 0.0
 
 
 @pytest.mark.parametrize(

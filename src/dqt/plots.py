@@ -69,11 +69,21 @@ def column(lines: Series, key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def smooth(values: np.ndarray, span: int) -> np.ndarray:
-    """Mean over about `span` points around each; fewer towards the ends, so that the curve never lags."""
+    """Mean over about `span` points around each, without lag.
+
+    Fewer points towards the start, where the loss falls fast. Towards the end, where it hardly does and one
+    batch would stand for the result (0.3 nats off in a run of `micro`), the line through the last points.
+    """
+    reach = min(span // 2, (len(values) - 1) // 2)
+    if reach < 1:
+        return values
     total = np.concatenate([[0.0], np.cumsum(values)])
-    index = np.arange(len(values))
-    reach = np.minimum(np.minimum(index, len(values) - 1 - index), span // 2)
-    return (total[index + reach + 1] - total[index - reach]) / (2 * reach + 1)
+    index = np.arange(len(values) - reach)
+    before = np.minimum(index, reach)
+    means = (total[index + before + 1] - total[index - before]) / (2 * before + 1)
+    last, at = values[-2 * reach - 1 :], np.arange(2 * reach + 1)
+    line = np.polyval(np.polyfit(at, last, 1), at).clip(last.min(), last.max())
+    return np.concatenate([means, line[-reach:]])
 
 
 def draw(plot: Callable[[Any, Theme], bool], theme: Theme, steps: bool = True) -> bytes | None:
