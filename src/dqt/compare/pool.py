@@ -29,15 +29,18 @@ PRELOADED = [
     "transformers.models.bitnet.modeling_bitnet",
 ]
 
-SECONDS_A_PRODUCT = 1.46e-10
-"""Of a training step, for each token and weight: `micro` in FP32 or ternary, one core of the Xeon of
-docs/results.md, 110 s for 1.5M tokens. A guess for other sizes and machines, corrected as runs finish."""
+SECONDS_A_PRODUCT = 0.85e-10
+"""Of a training step, for each token and weight: `micro`, strict or residual, on one of two busy cores of the
+EPYC of docs/results.md, 66 s for 1.5M tokens. A guess for other sizes and machines, corrected as runs end."""
 
-PAPER_EXTRA = 1.5
-"""How much of that time the paper's arms took in addition."""
+FLOAT_FACTOR = 1.5
+"""How many times that time floats and the paper's recipe took: FP32 1.4, BitNet 1.5, `paper` 1.5 to 1.9."""
 
-REFERENCE_EXTRA = 1.5
-"""The same for updates and environments that have no kernel. A guess."""
+REFERENCE_FACTOR = 1.5
+"""The same for updates that have no kernel (ECO 1.5, a float residual 1.4), and for BF16 (1.4)."""
+
+FP8_FACTOR = 3.0
+"""The same for emulated FP8 (`paper` 3.0 on top of its 1.5, strict 3.7)."""
 
 SECONDS_A_RUN = 2.0
 """Before and after the steps: building, evaluating, saving."""
@@ -193,9 +196,13 @@ def expected_seconds(config: Config) -> float:
         or recipe.residual_bits == FLOAT_RESIDUAL
         or recipe.drop_smallest
         or recipe.error_feedback != "none"
-        or recipe.environment != "fp32"
+        or recipe.environment == "bf16"
     )
-    factor = 1.0 + PAPER_EXTRA * (recipe.method == "paper") + REFERENCE_EXTRA * bool(reference)
+    factor = FLOAT_FACTOR if recipe.method not in ("strict", "residual") else 1.0
+    if recipe.environment == "fp8":
+        factor *= FP8_FACTOR
+    elif reference:
+        factor *= REFERENCE_FACTOR
     return SECONDS_A_RUN + factor * SECONDS_A_PRODUCT * required(train.steps) * batch * products
 
 

@@ -85,7 +85,7 @@ MICRO: Settings = {
     "train.batch_size": 8,
     "train.eval_windows": 400,
 }
-"""Width 128, 2 layers, 0.43M linear weights, 1.5M tokens: two minutes a run on one core."""
+"""Width 128, 2 layers, 0.43M linear weights, 1.5M tokens: one to two minutes a run on one core."""
 
 TINY: Settings = {
     "model.preset": "tiny",
