@@ -19,7 +19,6 @@ import tomli_w
 from dqt.cli import main
 from dqt.compare.command import suite_of_files
 from dqt.compare.experiment import Experiment, select
-from dqt.compare.figures import frontier
 from dqt.compare.results import collect, to_markdown
 from dqt.compare.runs import LEDGER
 from dqt.compare.suites import SUITES
@@ -318,11 +317,6 @@ def test_what_is_paired_says_so(tmp_path: Path) -> None:
         train = experiment.results[0].config.train
         assert content["arms"][0]["tokens"] == train.steps * train.batch_size * train.seq_len * 2
         assert content["arms"][1]["config"]["train"]["threads"] == 1
-
-
-def test_the_frontier_is_what_nothing_beats() -> None:
-    points = [(12.0, 2.0), (1.0, 3.0), (2.0, 2.5), (2.0, 2.4), (4.0, 2.6), (12.0, 1.9)]
-    assert frontier(points) == [(1.0, 3.0), (2.0, 2.4), (12.0, 1.9)]
 
 
 def test_lists_and_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

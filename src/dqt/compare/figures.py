@@ -43,7 +43,8 @@ def _frontier(content: Content, figure: Any, theme: Theme) -> bool:
         ("bytes_a_weight", "bytes a linear weight: codes, remainder, moments"),
         ("state_bytes", "bytes of the whole training state, gradients too"),
     )
-    for axes, (key, label) in zip(figure.subplots(2, 1), kinds, strict=True):
+    labels = []
+    for axes, (key, title) in zip(figure.subplots(2, 1), kinds, strict=True):
         points = [(arm[key], arm["loss"]["mean"]) for arm in arms]
         line = frontier(points)
         axes.step(*zip(*line, strict=True), where="post", color=theme.faint, zorder=1)
@@ -55,9 +56,12 @@ def _frontier(content: Content, figure: Any, theme: Theme) -> bool:
         axes.set_xticks([tick for tick in ticks if 0.9 * low < tick < 1.1 * high], minor=False)
         axes.xaxis.set_major_formatter(lambda value, _, key=key: _size(value, key))
         axes.set_xticks([], minor=True)
-        axes.set(xlabel=label, ylabel="loss, nats a token")
+        axes.set(xlabel=title, ylabel="loss, nats a token")
         axes.margins(0.12)
-        _label(axes, points, [arm["arm"] for arm in arms])
+        labels.append(partial(label_points, axes, points, [arm["arm"] for arm in arms], theme))
+    figure.draw_without_rendering()  # so that axes stand where they will be
+    for label in labels:
+        label()
     return True
 
 
@@ -65,28 +69,50 @@ def _size(value: float, key: str) -> str:
     return f"{value:g}" if key == "bytes_a_weight" else format_bytes(value)
 
 
-def _label(axes: Any, points: list[tuple[float, float]], names: list[str]) -> None:
-    """Names beside their points, moved up where they would lie over each other."""
-    (left, right), (bottom, top) = np.log(axes.get_xlim()), axes.get_ylim()
-    height = (top - bottom) / 22
-    taken: list[tuple[float, float]] = []
-    for (x, y), name in sorted(zip(points, names, strict=True), key=lambda each: each[0][1]):
-        at, place = np.log(x), y
-        while any(
-            abs(at - other) < 0.3 * (right - left) and abs(place - old) < height for other, old in taken
-        ):
-            place += height / 4
-        taken.append((at, place))
-        before = at > (left + right) / 2
-        axes.annotate(
-            name,
-            (x, place),
-            xytext=(-5 if before else 5, 0),
+def label_points(axes: Any, points: list[tuple[float, float]], names: list[str], theme: Theme) -> None:
+    """Names beside their points, each at the nearest height where it lies over no other name or point."""
+    from matplotlib.text import Text
+    from matplotlib.transforms import Bbox
+
+    pixels = axes.transData.transform(points)
+    pixels_a_point = axes.figure.dpi / 72
+    taken = [Bbox.from_bounds(x, y, 0, 0).padded(3 * pixels_a_point) for x, y in pixels]
+    for index in np.argsort(pixels[:, 1]):
+        before = pixels[index, 0] > axes.bbox.x0 + axes.bbox.width / 2
+        beside = -10 if before else 10
+        name = axes.annotate(
+            names[index],
+            points[index],
+            xytext=(beside, 0),
             textcoords="offset points",
             ha="right" if before else "left",
             va="center",
             fontsize=6,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": theme.faint,
+                "relpos": (before, 0.5),  # from the end of the name that is nearer
+                "shrinkA": 1,
+                "shrinkB": 0,
+            },
         )
+        name.get_window_extent()  # puts the text where it belongs, but measures the line with it
+        box = Text.get_window_extent(name)
+        place = _free(box, taken, axes.bbox)
+        name.set_position((beside, place / pixels_a_point))
+        taken.append(box.translated(0, place))
+
+
+def _free(box: Any, taken: list[Any], inside: Any) -> float:
+    """How far up, at the least, a box has to move to lie over none of `taken`; below zero it is down."""
+    step = box.height / 4
+    for distance in range(int(inside.height / step)):
+        for place in (distance * step, -distance * step):
+            moved = box.translated(0, place)
+            within = inside.y0 <= moved.y0 and moved.y1 <= inside.y1
+            if within and not any(moved.overlaps(other) for other in taken):
+                return place
+    return 0.0  # more names than there is room for
 
 
 def _curves(content: Content, figure: Any, theme: Theme) -> bool:
